@@ -19,7 +19,7 @@ _STOP = frozenset(
 
 
 @functools.cache
-def _stemmer():  # noqa: ANN202 - PyStemmer ships no types
+def _stemmer():
     import Stemmer
 
     return Stemmer.Stemmer("english")

@@ -1,0 +1,238 @@
+"""The `relearn` command. Light at the top: torch, MLflow and Prefect load when a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from models.errors import ConfigError, RelearnError, explain
+from tasks.settings import prepare_environment, settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Keep an e-commerce site's search relevance fresh: a thinking judge, and a retriever "
+    "taught by it.\n\nStart with `relearn run`; everything it makes lies under --home.",
+)
+console = Console()
+
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", help="Folder for everything relearn writes. [default: .relearn]"),
+]
+StoreName = Annotated[
+    str, typer.Option("--store", help="Store name, as given to `relearn run`.", show_default=True)
+]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line, not a traceback."""
+    try:
+        app()
+    except RelearnError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        sys.exit(2)
+
+
+def _prepare(home: Path | None, data: Path | None = None, **extra: str) -> None:
+    if home is not None:
+        os.environ["RELEARN_HOME"] = str(home.expanduser().resolve())
+    if data is not None:
+        if not data.expanduser().is_dir():
+            raise ConfigError(explain(f"--data {data}", "a folder of source files", "fix the path"))
+        os.environ["RELEARN_DATA_DIR"] = str(data.expanduser().resolve())
+    os.environ.update(extra)
+    prepare_environment(settings())
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Option(help="smoke (tiny models), small (two CPU cores) or full (a GPU).")
+    ] = "small",
+    store: Annotated[
+        str, typer.Option(help="synthetic, homedepot, chorus, esci, wands or tables (your own).")
+    ] = "synthetic",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the store's files; synthetic needs none.")
+    ] = None,
+    home: Home = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one setting, e.g. --set judge.dpo.beta=0.2. Repeatable."),
+    ] = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every setting as JSON and stop.")
+    ] = False,
+) -> None:
+    """Take a store through every stage: data, judge, retriever, index, evaluation, registry.
+
+    Stages whose inputs and settings are unchanged are taken from the cache; the table at the end
+    says which, and why the others were made. Safe to interrupt: run it again and it goes on.
+
+    Examples:
+
+        relearn run
+
+        relearn run --store homedepot --data ~/data/homedepot
+
+        relearn run --recipe smoke --set judge.dpo.beta=0.2
+    """
+    _prepare(home, data)
+    from flows.recipes import recipe as make_recipe
+
+    config = make_recipe(recipe, store, changes or [])
+    if show_config:
+        print(config.model_dump_json(indent=1))
+        return
+    from flows.pipeline import run_pipeline
+
+    started = time.monotonic()
+    result = run_pipeline(config)
+    _show_result(result, time.monotonic() - started)
+
+
+def _show_result(result: Any, seconds: float) -> None:
+    from flows.tables import judge_table, registry_table, retrieval_table, stage_table
+    from tasks.artifacts import ArtifactStore
+    from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
+
+    artifacts = ArtifactStore(settings())
+    console.print(stage_table(result.reports))
+    rows = read_table(artifacts.path(result.judge.evaluation), JUDGE_TABLE)
+    console.print(judge_table(rows))
+    rows = read_table(artifacts.path(result.retriever.evaluation), RETRIEVAL_TABLE)
+    console.print(retrieval_table(rows))
+    console.print(registry_table(result.registered))
+    made = sum(not r.cached for r in result.reports)
+    console.print(
+        f"{len(result.reports)} stages, {made} made, {len(result.reports) - made} cached, "
+        f"{seconds:.0f} s in all.\n"
+        f"MLflow:  mlflow ui --host 127.0.0.1 --backend-store-uri {settings().tracking_uri}\n"
+        f"Prefect: PREFECT_HOME={os.environ['PREFECT_HOME']} prefect server start\n"
+        "Try:     relearn judge 'red couch' 'Blue leather sofa' --why   |   "
+        "relearn search 'red couch'",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def judge(
+    query: Annotated[str, typer.Argument(help="What a shopper typed.")],
+    title: Annotated[str, typer.Argument(help="The product's title.")],
+    store: StoreName = "synthetic",
+    why: Annotated[bool, typer.Option("--why", help="Decode the reasoning as well.")] = False,
+    home: Home = None,
+) -> None:
+    """Grade one (query, product title) with the champion judge.
+
+    Prints the grade (1 irrelevant .. 4 excellent, by the calibrated threshold), the four
+    probabilities, and the tier a search page would show.
+    """
+    _prepare(home)
+    from flows.serving import Champion
+    from models.types import Product, Query
+
+    _not_blank(query, "QUERY")
+    _not_blank(title, "TITLE")
+    champion = Champion.open(store)
+    question, product = Query("cli", query), Product("cli", title)
+    row = champion.grade([(question, product)])[0]
+    probabilities = "  ".join(f"{g}: {row[f'p{g}']:.3f}" for g in (1, 2, 3, 4))
+    console.print(f"grade {row['grade']}   tier {row['tier']}   {probabilities}", highlight=False)
+    if why:
+        console.print(champion.reasoning(question, product), highlight=False, markup=False)
+
+
+@app.command()
+def score(
+    pairs: Annotated[Path, typer.Argument(help="Parquet with columns query, title, ...")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where the scored parquet goes.")],
+    store: StoreName = "synthetic",
+    home: Home = None,
+) -> None:
+    """Grade many pairs: adds grade, p1..p4 and tier to every row.
+
+    Columns query and title are needed; description, brand, category, attributes and price are read
+    where they are. Rows keep their order and every other column.
+    """
+    _prepare(home)
+    from flows.serving import Champion, score_table
+
+    rows = score_table(Champion.open(store), pairs, out)
+    console.print(f"{rows} pairs scored -> {out}")
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What a shopper typed.")],
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Products shown.")] = 10,
+    mode: Annotated[str, typer.Option(help="vector, lexical or hybrid.")] = "vector",
+    store: StoreName = "synthetic",
+    home: Home = None,
+) -> None:
+    """Search the champion index and show the judge's tier of every product found."""
+    _prepare(home)
+    from flows.serving import Champion, ChampionIndex
+
+    _not_blank(query, "QUERY")
+    found = ChampionIndex.open(store).search(query, k, mode)
+    from models.types import Query
+
+    graded = Champion.open(store).grade([(Query("cli", query), p) for p, _ in found])
+    table = Table(title=f"{query}  ({mode})")
+    for column in ("rank", "product", "title", "price", "score", "grade", "tier"):
+        table.add_column(column)
+    for rank, ((product, value), row) in enumerate(zip(found, graded, strict=True), 1):
+        price = "" if product.price is None else f"{product.price:g}"
+        cells = [str(rank), product.product_id, product.title, price, f"{value:.3f}"]
+        table.add_row(*cells, str(row["grade"]), str(row["tier"]))
+    console.print(table)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Folder with products, queries and judgments.")],
+    kind: Annotated[str, typer.Option(help="Format: tables, homedepot, chorus, esci, wands.")] = (
+        "tables"
+    ),
+    store: StoreName = "synthetic",
+    max_pairs: Annotated[int, typer.Option(min=1, help="Pairs scored, drawn at random.")] = 1000,
+    home: Home = None,
+) -> None:
+    """Measure the champion judge on any labelled tables (all their judgments, no split)."""
+    _prepare(home, data)
+    from flows.serving import Champion, evaluate_champion
+    from flows.tables import judge_table
+
+    console.print(judge_table(evaluate_champion(Champion.open(store), kind, data, max_pairs)))
+
+
+@app.command()
+def lineage(
+    name: Annotated[str, typer.Argument(help="Registered model or artifact name.")],
+    home: Home = None,
+) -> None:
+    """Show what an artifact was made from, down to the raw files."""
+    _prepare(home)
+    from tasks.lineage import lineage as tree
+
+    console.print(tree(name))
+
+
+def _not_blank(text: str, what: str) -> None:
+    if not text.strip():
+        raise ConfigError(explain(f"an empty {what}", "some words", f"pass a {what}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Recipes: every setting of a run, as frozen values that Prefect shows as forms.
+
+A recipe is a function from a store's name to a PipelineConfig. Variants are `--set key=value` on the
+command line or `with_settings` here; nothing else changes a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
+from models.errors import ConfigError, explain
+from models.index.lance import IndexConfig
+from models.judge.config import (
+    DpoConfig,
+    GrpoConfig,
+    OptimiserConfig,
+    PassAtNConfig,
+    PoolConfig,
+    PromptConfig,
+    SftConfig,
+)
+from models.sources import SourceConfig, SyntheticSource
+from models.split import SplitConfig
+from tasks.embedder import RewardsConfig
+from tasks.evaluate import RetrievalEvalConfig
+from tasks.judge import AnswersConfig, CalibrationConfig
+from tasks.quality import QualityConfig
+
+STORES = ("synthetic", "homedepot", "chorus", "esci", "wands", "tables")
+RULES = {"synthetic": "synthetic", "homedepot": "homedepot"}
+"""Rule base of a store; the others use `default`."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(_Config):
+    """Ingest, validation and split."""
+
+    source: SourceConfig = SyntheticSource()
+    """Where the store comes from."""
+    split: SplitConfig = SplitConfig()
+    quality: QualityConfig = QualityConfig()
+
+
+class JudgeConfig(_Config):
+    """The judge's stages, in order."""
+
+    base: str
+    """Base model: a packaged name, a local folder, a hub id, or `tiny`."""
+    sft: SftConfig = SftConfig()
+    pass_at_n: PassAtNConfig = PassAtNConfig()
+    dpo: DpoConfig = DpoConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    answers: AnswersConfig = AnswersConfig()
+
+
+class EmbedderConfig(_Config):
+    """The retriever's stages, in order."""
+
+    base: str
+    """Base encoder: a packaged name, a local folder, a hub id, or `tiny`."""
+    sft: ContrastiveConfig = ContrastiveConfig()
+    rgrpo: RetrievalGRPOConfig = RetrievalGRPOConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    index: IndexConfig = IndexConfig()
+    evaluation: RetrievalEvalConfig = RetrievalEvalConfig()
+
+
+class PipelineConfig(_Config):
+    """One run of the whole chain."""
+
+    name: str = Field(min_length=1, pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """The store's name: MLflow experiment, and prefix of the registered models."""
+    data: DataConfig
+    judge: JudgeConfig
+    embedder: EmbedderConfig
+
+
+def _source(store: str) -> Any:
+    if store not in STORES:
+        raise ConfigError(explain(f"store {store!r}", f"one of {', '.join(STORES)}", "fix --store"))
+    return TypeAdapter(SourceConfig).validate_python({"kind": store})
+
+
+def _prompt(store: str) -> PromptConfig:
+    return PromptConfig(rules=RULES.get(store, "default"))
+
+
+def small(store: str = "synthetic") -> PipelineConfig:
+    """SmolLM2-135M-Instruct and all-MiniLM-L6-v2 on two CPU cores: a coffee break."""
+    return PipelineConfig(
+        name=store,
+        data=DataConfig(source=_source(store)),
+        judge=JudgeConfig(
+            base="smollm2-135m-instruct",
+            sft=SftConfig(prompt=_prompt(store)),
+        ),
+        embedder=EmbedderConfig(base="all-minilm-l6-v2"),
+    )
+
+
+def smoke(store: str = "synthetic") -> PipelineConfig:
+    """Tiny random models on a tiny store: every stage, no learning to speak of."""
+    source = _source(store)
+    if store == "synthetic":
+        source = SyntheticSource(num_products=300, num_queries=72, judgments_per_query=10)
+    fast = OptimiserConfig(lr=3e-3, bf16=False, checkpoint_every=20)
+    gentle = fast.model_copy(update={"lr": 1e-4})
+    return PipelineConfig(
+        name=f"{store}-smoke",
+        data=DataConfig(source=source),
+        judge=JudgeConfig(
+            base="tiny",
+            sft=SftConfig(
+                prompt=_prompt(store), optimiser=fast, max_pairs=400, epochs=4, grade_share=None
+            ),
+            pass_at_n=PassAtNConfig(prompts=24, samples=4, max_new_tokens=96),
+            dpo=DpoConfig(optimiser=gentle),
+            grpo=GrpoConfig(
+                optimiser=gentle,
+                pool=PoolConfig(candidates=60, size=32),
+                steps=3,
+                prompts_per_step=4,
+                group_size=4,
+                max_new_tokens=96,
+                max_refills=1,
+            ),
+            answers=AnswersConfig(max_pairs=100, reasoning_pairs=16, max_new_tokens=96),
+        ),
+        embedder=EmbedderConfig(
+            base="tiny",
+            sft=ContrastiveConfig(steps=20, batch_size=16, global_negatives=16, lr=1e-3),
+            rgrpo=RetrievalGRPOConfig(steps=6, refresh_every=3, max_queries=16, k=8),
+            evaluation=RetrievalEvalConfig(judged_queries=8),
+        ),
+    )
+
+
+def full(store: str = "synthetic") -> PipelineConfig:
+    """Qwen3-4B and Qwen3-Embedding-0.6B in bf16 on a GPU; the same code path, larger numbers."""
+    budget = OptimiserConfig(lr=1e-5, checkpoint_every=100)
+    return PipelineConfig(
+        name=store,
+        data=DataConfig(source=_source(store)),
+        judge=JudgeConfig(
+            base="Qwen/Qwen3-4B",
+            sft=SftConfig(
+                prompt=_prompt(store).model_copy(
+                    update={"max_item_chars": 800, "evidence": False}
+                ),
+                optimiser=budget,
+                max_pairs=50_000,
+                balance=0.5,
+                grade_share=None,
+                micro_batch=32,
+            ),
+            pass_at_n=PassAtNConfig(prompts=4000, max_new_tokens=256),
+            dpo=DpoConfig(optimiser=budget.model_copy(update={"lr": 1e-6}), micro_batch=16),
+            grpo=GrpoConfig(
+                pool=PoolConfig(candidates=20_000, size=4000),
+                steps=200,
+                prompts_per_step=64,
+                group_size=16,
+                max_new_tokens=256,
+                responses_at_once=128,
+            ),
+            calibration=CalibrationConfig(max_pairs=5000),
+            answers=AnswersConfig(max_pairs=5000, reasoning_pairs=500, max_new_tokens=256),
+        ),
+        embedder=EmbedderConfig(
+            base="Qwen/Qwen3-Embedding-0.6B",
+            sft=ContrastiveConfig(
+                steps=None, epochs=1, batch_size=512, global_negatives=1024, chunk=64, max_pairs=None
+            ),
+            rgrpo=RetrievalGRPOConfig(
+                steps=500, batch_queries=64, k=64, max_queries=None, pool_size=None
+            ),
+            evaluation=RetrievalEvalConfig(judged_queries=500),
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[str], PipelineConfig]] = {
+    "smoke": smoke,
+    "small": small,
+    "full": full,
+}
+
+
+def recipe(name: str, store: str, changes: Sequence[str] = ()) -> PipelineConfig:
+    """The recipe `name` for `store` with `key=value` changes on top.
+
+    Raises:
+        ConfigError: an unknown recipe, store or key, or a value its field refuses.
+    """
+    if name not in RECIPES:
+        raise ConfigError(explain(f"recipe {name!r}", f"one of {', '.join(RECIPES)}", "fix it"))
+    return with_settings(RECIPES[name](store), changes)
+
+
+def with_settings(config: PipelineConfig, changes: Sequence[str]) -> PipelineConfig:
+    """`config` with dotted `key=value` changes; values are JSON, bare words are text.
+
+    >>> with_settings(small(), ["judge.dpo.beta=0.2"]).judge.dpo.beta
+    0.2
+    """
+    body = config.model_dump(mode="json")
+    for change in changes:
+        key, found, value = change.partition("=")
+        if not found:
+            raise ConfigError(explain(f"--set {change!r}", "key=value", "write e.g. judge.dpo.beta=0.2"))
+        *path, leaf = key.strip().split(".")
+        node: Any = body
+        for part in path:
+            node = node[part] if isinstance(node, dict) and part in node else None
+        if not isinstance(node, dict) or leaf not in node:
+            raise ConfigError(explain(f"--set key {key!r}", _nearest(body, path), "fix the key"))
+        node[leaf] = _value(value)
+    try:
+        return PipelineConfig.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise ConfigError(
+            explain(f"{where} = {first['input']!r}", first["msg"].lower(), "change --set")
+        ) from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _nearest(body: Any, path: Sequence[str]) -> str:
+    """The keys at the deepest part of `path` that exists."""
+    node, known = body, []
+    for part in path:
+        if not isinstance(node, dict) or not isinstance(node.get(part), dict):
+            break
+        node = node[part]
+        known.append(part)
+    prefix = ".".join(known)
+    return f"one of {', '.join(sorted(node))}" + (f" under {prefix}" if prefix else "")

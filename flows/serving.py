@@ -1,0 +1,200 @@
+"""The champions, opened for use on the command line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.errors import ArtifactError, ConfigError, DataContractError, explain
+from models.types import Product, Query
+from tasks.artifacts import ArtifactRef, ArtifactStore
+from tasks.registry import champion
+from tasks.release import model_name
+from tasks.settings import settings
+
+MODES = ("vector", "lexical", "hybrid")
+
+
+def _champion_ref(artifacts: ArtifactStore, store_name: str, role: str) -> ArtifactRef:
+    name = model_name(store_name, role)
+    found = champion(name, store=artifacts)
+    if found is None:
+        got = f"no champion of {name} under {artifacts.settings.home}"
+        raise ArtifactError(explain(got, "a registered champion", "relearn run --store ... first"))
+    return found.ref
+
+
+def _artifacts(store_name: str) -> ArtifactStore:
+    return ArtifactStore(settings().model_copy(update={"experiment": store_name}))
+
+
+class Champion:
+    """The champion judge: grades pairs and explains them."""
+
+    def __init__(self, model: Any, beta_cum: float) -> None:
+        self.model = model
+        self.beta_cum = beta_cum
+
+    @classmethod
+    def open(cls, store_name: str) -> Champion:
+        """Load the champion of a store.
+
+        Raises:
+            ArtifactError: there is none, or its files are gone.
+        """
+        artifacts = _artifacts(store_name)
+        folder = artifacts.path(_champion_ref(artifacts, store_name, "judge"))
+        from models.judge.scoring import ScoringJudge, read_judge_file
+
+        prompt, beta = read_judge_file(folder)
+        assert beta is not None, "registered judges are calibrated"
+        return cls(ScoringJudge.open(str(folder), prompt, settings().torch_device), beta)
+
+    def grade(
+        self, pairs: Sequence[tuple[Query, Product]], desc: str = ""
+    ) -> list[dict[str, int | float | str]]:
+        """grade, p1..p4 and tier of each pair, in order."""
+        from models.evaluation.tiers import TIER_OF_GRADE, cumpt_grades
+
+        if not pairs:
+            return []
+        p_NL = self.model.score(pairs, desc)
+        grades_N = cumpt_grades(p_NL, self.beta_cum)
+        return [
+            {
+                "grade": int(g),
+                **{f"p{c}": float(p) for c, p in zip((1, 2, 3, 4), row, strict=True)},
+                "tier": str(TIER_OF_GRADE[int(g)]),
+            }
+            for g, row in zip(grades_N, p_NL, strict=True)
+        ]
+
+    def reasoning(self, query: Query, product: Product, max_new_tokens: int = 96) -> str:
+        """The decoded response: grade by the model's own first token, then the five steps."""
+        from models.judge.answers import decode_greedy
+        from models.types import Pair
+
+        text, finished = decode_greedy(self.model, [Pair(query, product, 1)], max_new_tokens)[0]
+        return text if finished else text + " [cut]"
+
+
+class ChampionIndex:
+    """The champion index and the encoder it was built with."""
+
+    def __init__(self, encoder: Any, index: Any) -> None:
+        self.encoder = encoder
+        self.index = index
+
+    @classmethod
+    def open(cls, store_name: str) -> ChampionIndex:
+        """Load the champion of a store."""
+        artifacts = _artifacts(store_name)
+        folder = artifacts.path(_champion_ref(artifacts, store_name, "index"))
+        weights = artifacts.path(_champion_ref(artifacts, store_name, "embedder"))
+        from models.embedder.encoder import load_encoder
+        from models.index.lance import LanceIndex
+
+        encoder = load_encoder(str(weights), settings().torch_device)
+        return cls(encoder, LanceIndex.open(folder))
+
+    def search(self, query: str, k: int, mode: str) -> list[tuple[Product, float]]:
+        """(product, score), best first."""
+        from models.embedder.encoder import encode
+
+        if mode not in MODES:
+            raise ConfigError(explain(f"--mode {mode}", f"one of {', '.join(MODES)}", "fix it"))
+        if mode == "lexical":
+            hits = self.index.search_text(query, k)
+        else:
+            vectors = encode(self.encoder, [query], prompt="query")
+            if mode == "hybrid":
+                hits = self.index.search_hybrid(query, vectors[0], k)
+            else:
+                ids, scores = self.index.search(vectors, k)
+                hits = list(zip(ids[0], scores[0], strict=True))
+        by_id = self.index.products([product_id for product_id, _ in hits])
+        return [(by_id[product_id], score) for product_id, score in hits]
+
+
+def score_table(judge: Champion, source: Path, out: Path) -> int:
+    """Score a parquet of pairs; returns the number of rows.
+
+    Raises:
+        DataContractError: unreadable, a column is missing, or a query or title is empty.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(source)
+    except (OSError, pa.ArrowInvalid) as error:
+        got = f"{source}: {error}"
+        raise DataContractError(explain(got, "a parquet file", "check the path")) from None
+    missing = [c for c in ("query", "title") if c not in table.column_names]
+    if missing:
+        got = f"{source} with columns {table.column_names}"
+        raise DataContractError(explain(got, f"columns {missing} as well", "add them"))
+    pairs = [_pair(i, row, source) for i, row in enumerate(table.to_pylist())]
+    rows = judge.grade(pairs, desc="scoring")
+    for name in ("grade", "p1", "p2", "p3", "p4", "tier"):
+        kind = pa.string() if name == "tier" else pa.int8() if name == "grade" else pa.float64()
+        column = pa.array([row[name] for row in rows], kind)
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, column)
+    partial = out.with_suffix(out.suffix + ".partial")
+    pq.write_table(table, partial)
+    partial.replace(out)
+    return int(table.num_rows)
+
+
+def _pair(index: int, row: Mapping[str, Any], source: Path) -> tuple[Query, Product]:
+    for name in ("query", "title"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            got = f"{name} {row[name]!r} in row {index} of {source}"
+            raise DataContractError(explain(got, "some text", "drop or fill that row"))
+    attributes = row.get("attributes") or {}
+    return Query(str(index), row["query"]), Product(
+        str(index),
+        row["title"],
+        description=row.get("description") or "",
+        brand=row.get("brand") or "",
+        category=row.get("category") or "",
+        attributes=dict(attributes),
+        price=row.get("price"),
+    )
+
+
+def evaluate_champion(
+    judge: Champion, kind: str, data: Path, max_pairs: int
+) -> list[dict[str, Any]]:
+    """Champion rows (argmax and CumPT) on the labelled pairs of any store in a known format."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from models.evaluation.judge import grade_metrics, probability_metrics
+    from models.evaluation.tiers import cumpt_grades
+    from models.sources import SourceConfig, load
+
+    try:
+        source = TypeAdapter(SourceConfig).validate_python({"kind": kind})
+    except ValidationError:
+        raise ConfigError(explain(f"--kind {kind}", "a known format", "see --help")) from None
+    loaded = load(source, data)
+    pairs = loaded.store.pairs()
+    if not pairs:
+        raise DataContractError(explain("no judgments", "labelled pairs", "add judgments"))
+    if len(pairs) > max_pairs:
+        pairs = random.Random(0).sample(pairs, max_pairs)
+    gold_N = np.array([p.grade for p in pairs])
+    p_NL = judge.model.score([(p.query, p.product) for p in pairs], "evaluating")
+    head = {"segment": "all", "n": len(pairs)}
+    argmax, cumpt = p_NL.argmax(1) + 1, cumpt_grades(p_NL, judge.beta_cum)
+    numbers = probability_metrics(gold_N, p_NL)
+    return [
+        {"judge": "champion", **head, **grade_metrics(gold_N, argmax), **numbers},
+        {"judge": "champion + CumPT", **head, **grade_metrics(gold_N, cumpt)},
+    ]

@@ -1,0 +1,98 @@
+"""Terminal tables of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from tasks.stage import StageReport
+
+JUDGE_COLUMNS = {
+    "n": "n",
+    "macro_f1": "macro-F1",
+    "f1_1": "F1-1",
+    "f1_2": "F1-2",
+    "f1_3": "F1-3",
+    "f1_4": "F1-4",
+    "accuracy": "acc",
+    "kappa": "kappa",
+    "spearman": "rho",
+    "ece": "ECE",
+    "rule_adherence": "adherence",
+    "contradiction_rate": "contra",
+}
+RETRIEVAL_COLUMNS = {
+    "n": "n",
+    "recall@10": "R@10",
+    "recall@100": "R@100",
+    "hitrate@100": "Hit@100",
+    "ndcg@10": "nDCG@10",
+    "mrr@10": "MRR@10",
+    "goodrate@10": "Good@10",
+    "judged@10": "judged@10",
+    "lexical_overlap@10": "lex@10",
+    "bm25_overlap@10": "BM25@10",
+    "item_quality@10": "quality",
+}
+
+
+def judge_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Judges by row; segments follow the overall block."""
+    return _table("Judge on held-out queries", "judge", JUDGE_COLUMNS, rows)
+
+
+def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Runs by row; segments follow the overall block."""
+    ordered = sorted(rows, key=lambda r: (r["segment"] != "all", r["segment"]))
+    return _table("Retrieval on held-out queries", "run", RETRIEVAL_COLUMNS, ordered)
+
+
+def stage_table(reports: Sequence[StageReport]) -> Table:
+    """What every stage did, why, and how long it took."""
+    table = Table(title="Stages", title_justify="left")
+    for name in ("stage", "state", "seconds", "why"):
+        table.add_column(name, justify="right" if name == "seconds" else "left")
+    for r in reports:
+        state = "[green]cached[/]" if r.cached else "made"
+        table.add_row(r.ref.label, state, f"{r.seconds:.1f}", r.reason)
+    return table
+
+
+def registry_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Registered versions."""
+    table = Table(title="Registered", title_justify="left")
+    for name in ("model", "version", "alias", "artifact"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in ("model", "version", "alias", "artifact")))
+    return table
+
+
+def _table(
+    title: str, key: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("segment", no_wrap=True)
+    table.add_column(key, no_wrap=True)
+    shown = {c: label for c, label in columns.items() if any(c in row for row in rows)}
+    for label in shown.values():
+        table.add_column(label, justify="right")
+    before = None
+    for row in rows:
+        if before is not None and row["segment"] != before:
+            table.add_section()
+        first = "" if row["segment"] == before else str(row["segment"])
+        before = row["segment"]
+        table.add_row(first, str(row[key]), *(_cell(c, row.get(c)) for c in shown))
+    return table
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if column == "n":
+        return f"{value:.0f}"
+    return f"{100 * value:.1f}"

@@ -1,0 +1,1 @@
+"""The dense retriever: contrastive SFT, then Retrieval-GRPO [TaoSearchEmb s3]."""

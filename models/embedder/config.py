@@ -1,0 +1,110 @@
+"""Settings of the two embedder stages; light, so that a form can be shown without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ContrastiveConfig(BaseModel):
+    """Contrastive SFT. What the paper does not print is ours: two minutes on two cores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int | None = Field(default=60, ge=1)
+    """Optimiser steps; None: `epochs` decides."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the pairs, when `steps` is None."""
+    batch_size: int = Field(default=32, ge=2)
+    """Pairs a step; each is a negative for the others."""
+    global_negatives: int = Field(default=32, ge=0)
+    """Products drawn uniformly from the whole catalogue, a step [TaoSearchEmb s3.1]."""
+    tau: float = Field(default=0.05, gt=0)
+    """Temperature; 1/20 as in sentence-transformers."""
+    lr: float = Field(default=5e-5, gt=0)
+    """Peak learning rate of AdamW, linear decay."""
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps spent warming up."""
+    max_pairs: int | None = Field(default=20_000, ge=2)
+    """Pairs kept, drawn at random; None: all."""
+    min_grade: int = Field(default=4, ge=2, le=4)
+    """Judgments from this grade on are positives (4: the Excellent ones); grade 4 weighs 1,
+    grade 3 weighs 2/3, grade 2 weighs 1/3, times the judgment's own weight."""
+    interactions: bool = True
+    """Whether cart and purchase events of train queries are positives too (weight 1)."""
+    mask_false_negatives: bool = True
+    """Whether known positives and copies are masked out of the negatives."""
+    chunk: int | None = Field(default=None, ge=1)
+    """Texts embedded at once, by gradient caching: memory for a second forward. None: all."""
+    max_tokens: int | None = Field(default=128, ge=8)
+    """Longest text in training, in tokens; None: the encoder's own limit."""
+    bf16: bool = True
+    """bf16 autocast (1.7 times faster on CPUs that have it)."""
+    save_every: int = Field(default=20, ge=1)
+    """Steps between two checkpoints."""
+    seed: int = 0
+
+
+class RetrievalGRPOConfig(BaseModel):
+    """Retrieval-GRPO. The paper prints none of these numbers: ours, sized for three minutes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int = Field(default=40, ge=1)
+    """Optimiser steps (batches of queries times `inner_steps`)."""
+    batch_queries: int = Field(default=8, ge=1)
+    """Queries a batch."""
+    k: int = Field(default=16, ge=2)
+    """Candidates of a query."""
+    max_queries: int | None = Field(default=128, ge=1)
+    """Train queries used, drawn at random; several passes over them hit the judge's cache."""
+    pool: Literal["index", "batch"] = "index"
+    """Where candidates come from; see `embedder/candidates.py`."""
+    pool_size: int | None = Field(default=3000, ge=2)
+    """Products in the pool: the judged ones of these queries and a uniform sample; None: all."""
+    refresh_every: int = Field(default=20, ge=1)
+    """Steps between two embeddings of the pool, which are also the checkpoints and the watch."""
+    towers: Literal["both", "query"] = "both"
+    """query: product vectors stay as embedded at the last refresh; cheap, and drifts."""
+    advantage: Literal["full", "positive"] = "full"
+    """positive: only candidates above the group's mean push."""
+    inner_steps: int = Field(default=1, ge=1)
+    """Optimiser steps on one batch; from the second on rho differs from 1 and clips."""
+    tau: float = Field(default=0.05, gt=0)
+    """Temperature of the policy, that of the SFT."""
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    clip_high: float = Field(default=0.2, ge=0)
+    beta: float = Field(default=0.1, ge=0)
+    """Weight of the KL to the SFT encoder."""
+    sft_weight: float = Field(default=0.5, ge=0)
+    """Weight of the InfoNCE anchor; 0 turns it off."""
+    sft_batch: int = Field(default=16, ge=2)
+    """Pairs of the anchor, a step."""
+    min_grade: int = Field(default=4, ge=2, le=4)
+    """Judgments from this grade on are positives of the anchor."""
+    std_floor: float = Field(default=1e-3, ge=0)
+    """Groups whose reward std is below are skipped."""
+    lr: float = Field(default=2e-5, gt=0)
+    """Peak learning rate of AdamW, linear decay after `warmup_steps`."""
+    warmup_steps: int = Field(default=4, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    val_queries: int = Field(default=256, ge=1)
+    """Validation queries whose recall is watched (cheap: only embedded)."""
+    val_reward_queries: int = Field(default=32, ge=1)
+    """Validation queries whose results are rewarded (the judge reads `recall_k` products each)."""
+    guard: tuple[str, ...] = ("relevance", "quality")
+    """Rewards whose validation mean may not fall below the start's, where in use."""
+    recall_k: int = Field(default=10, ge=1)
+    """Cut-off of the watched recall and reward."""
+    max_recall_loss: float = Field(default=0.0, ge=0)
+    """Recall an encoder may lose against the start and still be chosen, absolute."""
+    collapse_recall: float = Field(default=0.5, ge=0, le=1)
+    """The run stops when recall falls below this share of the start."""
+    collapse_spread: float = Field(default=0.2, ge=0, le=1)
+    """The run stops when the spread of the product vectors falls below this share of the start."""
+    max_tokens: int | None = Field(default=128, ge=8)
+    """Longest text in training, in tokens; None: the encoder's own limit."""
+    bf16: bool = True
+    """bf16 autocast."""
+    seed: int = 0

@@ -1,0 +1,242 @@
+"""Retrieval-GRPO: the retriever learns from the judge's rewards [TaoSearchEmb s3.2].
+
+Consumes the SFT encoder, a store's train queries and rewards -> produces an encoder folder.
+
+Departures, all ours where the paper is silent:
+1. The policy is a softmax over the K candidates, pi(d_i|q) = e^{s_i/tau} / sum_j e^{s_j/tau}.
+2. The KL to the frozen SFT encoder is the exact categorical one on those candidates.
+3. Groups of equal rewards are skipped and counted; the population std divides.
+4. Candidates are the Top-K of the live query against a pool embedded every `refresh_every` steps;
+   with both towers the K products are embedded again, with gradient, so only the choice of
+   candidates is stale, never their scores.
+5. An anchor term, `sft_weight` * InfoNCE on train positives, holds recall where rewards are silent.
+6. Dropout is off, so that rho is exactly 1 on the first inner step.
+7. The run is watched: when validation recall or the embeddings' spread collapses it stops, and the
+   encoder written is the best one seen whose recall had not fallen.
+
+The loop is not the Trainer's, since each step's data depend on the live encoder; the loss module
+works inside SentenceTransformerTrainer as well.
+
+Shapes: Q queries, K candidates, U distinct products of a batch, D dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from models.embedder.config import RetrievalGRPOConfig
+from models.errors import ConfigError, DivergenceError, explain
+from models.objectives.advantages import group_advantages
+from models.objectives.kl import categorical_kl
+from models.objectives.surrogate import clipped_surrogate
+from models.rewards.base import Reward
+from models.store import Store
+from models.types import MetricSink
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLoss:
+    """The loss of a batch of groups, and what it was made of."""
+
+    loss: torch.Tensor
+    metrics: dict[str, float]
+
+
+def policy_logp(scores_QK: torch.Tensor, tau: float) -> torch.Tensor:
+    """log pi(d_i|q) = s_i/tau - log sum_j e^{s_j/tau} over the K candidates [TaoSearchEmb s3.2]."""
+    return functional.log_softmax(scores_QK.float() / tau, dim=-1)
+
+
+def retrieval_grpo(
+    scores_QK: torch.Tensor,
+    rewards_QK: torch.Tensor,
+    ref_scores_QK: torch.Tensor,
+    old_scores_QK: torch.Tensor | None = None,
+    tau: float = 0.05,
+    beta: float = 0.1,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    floor: float = 1e-3,
+    advantage: Literal["full", "positive"] = "full",
+) -> GroupLoss:
+    """-J, J = 1/Q sum_q [1/K sum_i min(rho_i A_i, clip(rho_i) A_i) - beta KL] [TaoSearchEmb s3.2].
+
+    Q counts the groups that are kept; a group of equal rewards adds neither term, and a batch of
+    such groups gives loss 0 with a zero gradient. At rho = 1 and beta = 0 the gradient of J for one
+    query is 1/(K tau) sum_i A_i grad s_i.
+
+    Args:
+        scores_QK: cosines of the live encoder, with gradient.
+        rewards_QK: rewards; ref_scores_QK: cosines of the frozen SFT encoder.
+        old_scores_QK: cosines when the batch was drawn; None: now, so rho = 1.
+        advantage: "positive" sets negative advantages to 0.
+    """
+    logp = policy_logp(scores_QK, tau)
+    old_logp = logp.detach() if old_scores_QK is None else policy_logp(old_scores_QK, tau).detach()
+    advantages, kept_Q = group_advantages(rewards_QK.to(logp), floor)
+    if advantage == "positive":
+        advantages = advantages.clamp(min=0.0)
+    surrogate, clipped = clipped_surrogate(logp, old_logp, advantages, clip_low, clip_high)
+    kl_Q = categorical_kl(logp, policy_logp(ref_scores_QK, tau).detach())
+    num_kept = kept_Q.sum().clamp(min=1)
+    objective_Q = surrogate.mean(1) - beta * kl_Q
+    loss = -(objective_Q * kept_Q).sum() / num_kept
+    entropy_Q = -(logp.exp() * logp).sum(1)
+    kept_share = float(kept_Q.float().mean())
+    metrics = {
+        "reward_mean": float(rewards_QK.float().mean()),
+        "reward_std": float(rewards_QK.float().std(1, correction=0).mean()),
+        "frac_reward_zero_std": 1.0 - kept_share,
+        "kl": float(kl_Q.detach().mean()),
+        "entropy": float(entropy_Q.detach().mean()),
+        "clip_ratio": float((clipped & kept_Q[:, None]).sum() / (num_kept * logp.shape[1])),
+        "expected_reward": float((logp.detach().exp() * rewards_QK).sum(1).mean()),
+    }
+    return GroupLoss(loss, metrics)
+
+
+class RetrievalGRPOLoss(nn.Module):
+    """Retrieval-GRPO as a sentence-transformers loss [TaoSearchEmb s3.2].
+
+    Dataset columns: query, candidate_1 .. candidate_K, label = the K rewards of the row. One step a
+    batch (rho = 1), for anyone's SentenceTransformerTrainer; `train_retrieval_grpo` also retrieves
+    and rewards.
+
+    Args:
+        model: the encoder that learns.
+        reference: the frozen SFT encoder; None: a copy of `model` as it is now.
+        towers: "query" stops the gradient at the candidates.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        reference: SentenceTransformer | None = None,
+        tau: float = 0.05,
+        beta: float = 0.1,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        floor: float = 1e-3,
+        towers: Literal["both", "query"] = "both",
+        advantage: Literal["full", "positive"] = "full",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        frozen = copy.deepcopy(model) if reference is None else reference
+        self._reference = [frozen.eval().requires_grad_(False)]  # a list: not saved, not trained
+        self.tau, self.beta, self.floor = tau, beta, floor
+        self.clip_low, self.clip_high = clip_low, clip_high
+        self.towers, self.advantage = towers, advantage
+        self.last_metrics: dict[str, float] = {}
+
+    def forward(
+        self, sentence_features: Sequence[dict[str, Any]], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss; the numbers behind it are in `last_metrics`.
+
+        Raises:
+            ConfigError: the labels are not [Q, K].
+        """
+        columns = list(sentence_features)
+        if labels is None or labels.ndim != 2 or labels.shape[1] != len(columns) - 1:
+            raise ConfigError(
+                explain(
+                    f"labels of shape {None if labels is None else tuple(labels.shape)} for "
+                    f"{len(columns) - 1} candidate columns",
+                    "one reward a candidate column, [Q, K]",
+                    "give the dataset a list column `label` with K rewards",
+                )
+            )
+        scores_QK = _column_scores(self.model, columns, self.towers)
+        reference = self._reference[0].to(scores_QK.device)
+        with torch.no_grad():
+            ref_scores_QK = _column_scores(reference, columns, self.towers)
+        out = self.objective(scores_QK, labels, ref_scores_QK)
+        self.last_metrics = out.metrics
+        return out.loss
+
+    def objective(
+        self,
+        scores_QK: torch.Tensor,
+        rewards_QK: torch.Tensor,
+        ref_scores_QK: torch.Tensor,
+        old_scores_QK: torch.Tensor | None = None,
+    ) -> GroupLoss:
+        """`retrieval_grpo` with this module's settings."""
+        return retrieval_grpo(
+            scores_QK,
+            rewards_QK,
+            ref_scores_QK,
+            old_scores_QK,
+            tau=self.tau,
+            beta=self.beta,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            floor=self.floor,
+            advantage=self.advantage,
+        )
+
+
+def _column_scores(
+    model: nn.Module, columns: Sequence[Mapping[str, Any]], towers: str
+) -> torch.Tensor:
+    """Cosines [Q, K] of the first column with each of the others."""
+    vectors = [
+        functional.normalize(model(dict(c))["sentence_embedding"].float(), dim=-1) for c in columns
+    ]
+    candidates_QKD = torch.stack(vectors[1:], dim=1)
+    if towers == "query":
+        candidates_QKD = candidates_QKD.detach()
+    return torch.einsum("qd,qkd->qk", vectors[0], candidates_QKD)
+
+
+def train_retrieval_grpo(
+    encoder_dir: str,
+    store: Store,
+    rewards: Sequence[Reward],
+    config: RetrievalGRPOConfig,
+    out: Path,
+    scratch: Path,
+    sink: MetricSink,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Train the SFT encoder in `encoder_dir` on the rewards and save the best to `out`.
+
+    Best: the highest mean reward of the validation queries' Top-`recall_k` among the refreshes
+    whose recall is at least the start's minus `max_recall_loss`, and whose guarded rewards have not
+    fallen. The start is one of them, so the result is never worse on validation. Goes on from
+    `scratch` if a checkpoint is there.
+
+    Logs `embedder/rgrpo/...`: loss, reward_mean, reward/<name>, reward_std, frac_reward_zero_std,
+    kl, clip_ratio, entropy, sft_loss, grad_norm; at each refresh val_recall, val_reward,
+    val_reward/<name>, spread.
+
+    Returns:
+        the watch's numbers at the start (`start_*`), of the encoder written (`best_*`, `best_step`)
+        and at the end (`last_*`), and `steps`.
+
+    Raises:
+        DivergenceError: the loss is not finite, or the encoder collapsed; `out` then holds the best
+            encoder seen. DataContractError: no train queries, or no judged validation queries.
+    """
+    from models.embedder.retrieval_run import Run
+
+    run = Run(encoder_dir, store, rewards, config, scratch, sink, device)
+    try:
+        run.train()
+    except DivergenceError:
+        run.write_best(out)
+        raise
+    run.write_best(out)
+    return run.summary()

@@ -1,0 +1,440 @@
+"""One run of Retrieval-GRPO: its data, its loop, its watch and its checkpoints [TaoSearchEmb s3.2].
+
+Consumes what `retrieval_grpo.train_retrieval_grpo` is given -> produces checkpoints in `scratch`,
+the best encoder among them. The scientific choices are listed in `retrieval_grpo.py`.
+
+Shapes: Q queries, K candidates, U distinct products of a batch, D dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.embedder.candidates import CandidatePool, batch_pool, sample_pool
+from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
+from models.embedder.contrastive import PositivePair, known_positives, positive_pairs
+from models.embedder.encoder import autocast, embed, encode, load_encoder
+from models.embedder.retrieval_grpo import retrieval_grpo
+from models.errors import DataContractError, DivergenceError, explain
+from models.objectives.infonce import false_negatives, infonce
+from models.rewards.base import Reward, total_reward
+from models.store import Store
+from models.text import product_text
+from models.types import RELEVANT_GRADE, MetricSink, Product, Query
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What one look at the validation split says.
+
+    val_recall: mean share of the relevant products in the Top-k. val_reward: mean weighted reward
+    of the Top-k. spread: 1 - |mean vector|^2 of the pool, 0 when all products coincide.
+    """
+
+    step: int
+    val_recall: float
+    val_reward: float
+    spread: float
+    terms: Mapping[str, float]
+
+    def numbers(self) -> dict[str, float]:
+        """Flat, for a sink."""
+        named = {f"val_reward/{name}": value for name, value in self.terms.items()}
+        own = {"val_recall": self.val_recall, "val_reward": self.val_reward, "spread": self.spread}
+        return own | named
+
+
+def acceptable(watch: Watch, start: Watch, config: RetrievalGRPOConfig) -> bool:
+    """Whether an encoder may be chosen: recall held, and no guarded reward fell."""
+    held = watch.val_recall >= start.val_recall - config.max_recall_loss - 1e-9
+    guarded = (name for name in config.guard if name in start.terms)
+    return held and all(watch.terms[n] >= start.terms[n] - 1e-9 for n in guarded)
+
+
+def collapse(watch: Watch, start: Watch, config: RetrievalGRPOConfig) -> str | None:
+    """What collapsed, in words, or None."""
+    if watch.spread < config.collapse_spread * start.spread:
+        return f"spread {watch.spread:.4f} at step {watch.step}, {start.spread:.4f} before"
+    if watch.val_recall < config.collapse_recall * start.val_recall:
+        return f"recall {watch.val_recall:.3f} at step {watch.step}, {start.val_recall:.3f} before"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Queries, the pool rows of their candidates, and what those earned."""
+
+    rows: np.ndarray  # numbers of the train queries [Q]
+    candidates_QK: np.ndarray
+    rewards_QK: torch.Tensor
+    ref_scores_QK: torch.Tensor
+    old_scores_QK: torch.Tensor | None
+    terms: dict[str, float]
+
+
+class Run:
+    """One training run: its data, its state, and how both are saved."""
+
+    def __init__(
+        self,
+        encoder_dir: str,
+        store: Store,
+        rewards: Sequence[Reward],
+        config: RetrievalGRPOConfig,
+        scratch: Path,
+        sink: MetricSink,
+        device: str,
+    ) -> None:
+        self.store, self.rewards, self.config = store, rewards, config
+        self.scratch, self.sink = scratch, sink
+        self.encoder_dir, self.device = encoder_dir, device
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._choose_data()
+        self._load(encoder_dir)
+        self.step = 0
+        self.watches: list[Watch] = []
+        self.best: Watch | None = None
+
+    def _load(self, folder: str) -> None:
+        self.encoder = load_encoder(folder, self.device)  # in eval mode, and stays there
+        self.own_limit = self.encoder.max_seq_length
+        if self.config.max_tokens is not None:
+            limit = self.own_limit or self.config.max_tokens
+            self.encoder.max_seq_length = min(self.config.max_tokens, limit)
+        self.optimiser = torch.optim.AdamW(
+            self.encoder.parameters(), lr=self.config.lr, weight_decay=0.0
+        )
+
+    def _choose_data(self) -> None:
+        store, config = self.store, self.config
+        rng = np.random.default_rng(config.seed)
+        train = store.query_ids("train")
+        qrels = {
+            q: relevant
+            for q, row in store.qrels("validation").items()
+            if (relevant := {p for p, grade in row.items() if grade >= RELEVANT_GRADE})
+        }
+        if not train or not qrels:
+            raise DataContractError(
+                explain(
+                    f"{len(train)} train and {len(qrels)} judged validation queries",
+                    "at least one of each",
+                    "check the split and the grades of this store",
+                )
+            )
+        self.queries = [store.query_by_id[q] for q in _some(train, config.max_queries, rng)]
+        self.val_relevant = {q: qrels[q] for q in _some(list(qrels), config.val_queries, rng)}
+        judged = store.qrels("train")
+        self.judged = {q.query_id: list(judged.get(q.query_id, ())) for q in self.queries}
+        keep = {p for row in self.judged.values() for p in row}
+        for relevant in self.val_relevant.values():
+            keep |= relevant
+        catalogue = list(store.product_by_id)
+        ids = sample_pool(catalogue, keep, config.pool_size, config.seed)
+        self.pool = CandidatePool([store.product_by_id[p] for p in ids], bf16=config.bf16)
+        self.anchor: list[PositivePair] = []
+        if config.sft_weight > 0:
+            anchor = ContrastiveConfig(min_grade=config.min_grade, seed=config.seed)
+            self.anchor = positive_pairs(store, anchor)
+            self.known = known_positives(store, self.anchor)
+        log.info("rgrpo: %d queries, pool of %d products", len(self.queries), len(ids))
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All steps, from the newest checkpoint on."""
+        from tqdm.auto import tqdm
+
+        if not self._resume():
+            self._start()
+        config = self.config
+        bar = tqdm(total=config.steps, initial=self.step, desc="retrieval-grpo", unit="step")
+        with bar:
+            while self.step < config.steps:
+                if self.pool.age >= config.refresh_every:
+                    self._refresh()
+                batch = self._draw(self.step // config.inner_steps)
+                for _ in range(min(config.inner_steps, config.steps - self.step)):
+                    metrics = self._update(batch)
+                    bar.set_postfix(reward=f"{metrics['reward_mean']:.3f}", refresh=False)
+                    bar.update()
+            if self.pool.age > 0:
+                self._refresh()
+
+    def _start(self) -> None:
+        self.pool.refresh(self.encoder, "retrieval-grpo: embedding the pool")
+        texts = [q.text for q in self.queries]
+        self.ref_queries_QD = encode(self.encoder, texts, prompt="query", bf16=self.config.bf16)
+        self.ref_pool_ND = self.pool.vectors_ND
+        np.savez(self.scratch / "reference.npz", queries=self.ref_queries_QD, pool=self.ref_pool_ND)
+        self._look()
+        self._checkpoint()
+
+    def _refresh(self) -> None:
+        self.pool.refresh(self.encoder, f"retrieval-grpo: pool at step {self.step}")
+        self._look()
+        self._checkpoint()
+
+    def _draw(self, number: int) -> Batch:
+        """Batch `number`: queries, Top-K of the live encoder, rewards [TaoSearchEmb s3.2]."""
+        config = self.config
+        rows = self._query_rows(number)
+        queries = [self.queries[i] for i in rows]
+        vectors_QD = encode(
+            self.encoder, [q.text for q in queries], prompt="query", bf16=config.bf16
+        )
+        candidates_QK = self._candidates(queries, vectors_QD)
+        products = [[self.pool.products[i] for i in row] for row in candidates_QK]
+        total, terms = total_reward(self.rewards, queries, products)
+        ref_scores = np.einsum(
+            "qd,qkd->qk", self.ref_queries_QD[rows], self.ref_pool_ND[candidates_QK]
+        )
+        if number == 0:
+            self._log_first(queries, products, total)
+        batch = Batch(
+            rows,
+            candidates_QK,
+            torch.from_numpy(total).to(self.device),
+            torch.from_numpy(ref_scores).to(self.device),
+            None,
+            {name: float(values.mean()) for name, values in terms.items()},
+        )
+        if config.inner_steps == 1:
+            return batch
+        with torch.no_grad():
+            return dataclasses.replace(batch, old_scores_QK=self._scores(batch))
+
+    def _query_rows(self, number: int) -> np.ndarray:
+        """The queries of batch `number`: seeded permutations, one after the other, nothing kept."""
+        count = len(self.queries)
+        first = number * self.config.batch_queries
+        places = range(first, first + min(self.config.batch_queries, count))
+        return np.array([self._permutation(i // count)[i % count] for i in places])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.config.seed, epoch)).permutation(len(self.queries))
+
+    def _candidates(self, queries: Sequence[Query], vectors_QD: np.ndarray) -> np.ndarray:
+        k = self.config.k
+        if self.config.pool == "index":
+            return self.pool.top_k(vectors_QD, k)
+        ids = dict.fromkeys(p for q in queries for p in self.judged[q.query_id])
+        rows = [self.pool.row_of[p] for p in ids]
+        with torch.no_grad(), autocast(self.device, self.config.bf16):
+            texts = [product_text(self.pool.products[i]) for i in rows]
+            vectors_PD = embed(self.encoder, texts, "document").cpu().numpy()
+        return batch_pool(rows, vectors_QD @ vectors_PD.T, k)
+
+    def _scores(self, batch: Batch) -> torch.Tensor:
+        """Live cosines [Q, K], with gradient to the towers the config names."""
+        texts = [self.queries[i].text for i in batch.rows]
+        q_QD = embed(self.encoder, texts, "query")
+        if self.config.towers == "query":
+            d_QKD = torch.from_numpy(self.pool.vectors_ND[batch.candidates_QK]).to(q_QD)
+        else:
+            distinct, inverse = np.unique(batch.candidates_QK, return_inverse=True)
+            products = [product_text(self.pool.products[i]) for i in distinct]
+            d_UD = embed(self.encoder, products, "document")
+            d_QKD = d_UD[torch.from_numpy(inverse.reshape(batch.candidates_QK.shape))]
+        return torch.einsum("qd,qkd->qk", q_QD, d_QKD)
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        config = self.config
+        with autocast(self.device, config.bf16):
+            scores_QK = self._scores(batch)
+            anchor = self._anchor_loss()
+        group = retrieval_grpo(
+            scores_QK.float(),
+            batch.rewards_QK,
+            batch.ref_scores_QK,
+            batch.old_scores_QK,
+            tau=config.tau,
+            beta=config.beta,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            floor=config.std_floor,
+            advantage=config.advantage,
+        )
+        loss = group.loss + config.sft_weight * anchor
+        metrics = group.metrics | {"loss": float(loss.detach()), "sft_loss": float(anchor.detach())}
+        metrics |= {f"reward/{name}": value for name, value in batch.terms.items()}
+        if not math.isfinite(metrics["loss"]):
+            raise DivergenceError(
+                explain(
+                    f"loss {metrics['loss']} at step {self.step} after {metrics}",
+                    "a finite loss",
+                    "lower lr or raise beta",
+                )
+            )
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = self._lr()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), config.max_grad_norm)
+        self.optimiser.step()
+        self.step += 1
+        self.pool.age += 1
+        metrics |= {"grad_norm": float(norm), "learning_rate": self._lr()}
+        self.sink.log({f"embedder/rgrpo/{k}": v for k, v in metrics.items()}, self.step)
+        return metrics
+
+    def _anchor_loss(self) -> torch.Tensor:
+        """InfoNCE on train positives, in-batch negatives, known positives masked."""
+        if not self.anchor:
+            return torch.zeros((), device=self.device)
+        rng = np.random.default_rng((self.config.seed, 1, self.step))
+        size = min(self.config.sft_batch, len(self.anchor))
+        pairs = [self.anchor[i] for i in rng.permutation(len(self.anchor))[:size]]
+        queries = [self.store.query_by_id[p.query_id].text for p in pairs]
+        products = [product_text(self.store.product_by_id[p.product_id]) for p in pairs]
+        masked = false_negatives(
+            [self.known[p.query_id] for p in pairs], [p.product_id for p in pairs], []
+        )
+        return infonce(
+            embed(self.encoder, queries, "query"),
+            embed(self.encoder, products, "document"),
+            tau=self.config.tau,
+            masked_BP=masked.to(self.device),
+        )
+
+    def _lr(self) -> float:
+        config = self.config
+        if self.step < config.warmup_steps:
+            return config.lr * (self.step + 1) / config.warmup_steps
+        left = max(config.steps - self.step, 1) / max(config.steps - config.warmup_steps, 1)
+        return config.lr * min(left, 1.0)
+
+    # --- the watch ------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Recall, rewards and spread on validation; keeps the best encoder, stops a collapse."""
+        watch = self._watch()
+        self.watches.append(watch)
+        self.sink.log({f"embedder/rgrpo/{k}": v for k, v in watch.numbers().items()}, self.step)
+        log.info("rgrpo step %d: %s", self.step, watch.numbers())
+        start = self.watches[0]
+        if what := collapse(watch, start, self.config):
+            raise DivergenceError(
+                explain(what, "an encoder that keeps its recall", "lower lr or raise beta")
+            )
+        better = self.best is None or watch.val_reward > self.best.val_reward
+        if better and acceptable(watch, start, self.config):
+            self.best = watch
+            self._save(self.scratch / "best")
+
+    def _watch(self) -> Watch:
+        config = self.config
+        queries = [self.store.query_by_id[q] for q in self.val_relevant]
+        texts = [q.text for q in queries]
+        vectors_QD = encode(self.encoder, texts, prompt="query", bf16=config.bf16)
+        k = min(config.recall_k, len(self.pool.products))
+        products = [[self.pool.products[i] for i in row] for row in self.pool.top_k(vectors_QD, k)]
+        recalls = [
+            len(relevant & {p.product_id for p in found}) / len(relevant)
+            for relevant, found in zip(self.val_relevant.values(), products, strict=True)
+        ]
+        count = config.val_reward_queries
+        total, terms = total_reward(self.rewards, queries[:count], products[:count])
+        centre_D = self.pool.vectors_ND.mean(0)
+        return Watch(
+            step=self.step,
+            val_recall=float(np.mean(recalls)),
+            val_reward=float(total.mean()),
+            spread=float(1.0 - centre_D @ centre_D),
+            terms={name: float(values.mean()) for name, values in terms.items()},
+        )
+
+    def _log_first(
+        self, queries: Sequence[Query], products: Sequence[Sequence[Product]], total_QK: np.ndarray
+    ) -> None:
+        for query, row, earned in zip(queries[:2], products, total_QK, strict=False):
+            pairs = list(zip(row, earned, strict=True))[:4]
+            shown = [f"{p.title[:50]!r} {r:.2f}" for p, r in pairs]
+            log.info("first batch: %r -> %s", query.text, ", ".join(shown))
+
+    # --- saving ---------------------------------------------------------------------------------
+
+    def _save(self, folder: Path) -> None:
+        """Write the encoder whole or not at all."""
+        fresh = folder.with_name(folder.name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        limit, self.encoder.max_seq_length = self.encoder.max_seq_length, self.own_limit
+        self.encoder.save_pretrained(str(fresh), safe_serialization=True, create_model_card=False)
+        self.encoder.max_seq_length = limit
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+
+    def _checkpoint(self) -> None:
+        """Encoder, optimiser, watches and pool of this step; the last one written is the truth."""
+        folder = self.scratch / f"step-{self.step}"
+        self._save(folder)
+        torch.save(self.optimiser.state_dict(), folder / "optimiser.pt")
+        np.save(folder / "pool.npy", self.pool.vectors_ND)
+        state = {
+            "step": self.step,
+            "watches": [dataclasses.asdict(w) for w in self.watches],
+            "best": None if self.best is None else dataclasses.asdict(self.best),
+        }
+        pointer = self.scratch / "state.json.new"
+        pointer.write_text(json.dumps(state))
+        pointer.replace(self.scratch / "state.json")
+        for other in self.scratch.glob("step-*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _resume(self) -> bool:
+        """Take up the newest checkpoint; False when there is none."""
+        pointer = self.scratch / "state.json"
+        if not pointer.is_file():
+            return False
+        state = json.loads(pointer.read_text())
+        folder = self.scratch / f"step-{state['step']}"
+        self._load(str(folder))
+        self.optimiser.load_state_dict(torch.load(folder / "optimiser.pt", weights_only=True))
+        self.step = state["step"]
+        self.watches = [Watch(**w) for w in state["watches"]]
+        self.best = None if state["best"] is None else Watch(**state["best"])
+        self.pool.adopt(np.load(folder / "pool.npy"))
+        reference = np.load(self.scratch / "reference.npz")
+        self.ref_queries_QD, self.ref_pool_ND = reference["queries"], reference["pool"]
+        log.info("rgrpo: going on from step %d", self.step)
+        return True
+
+    def write_best(self, out: Path) -> None:
+        """Copy the best encoder to `out`; before the first look there is none, so the start's."""
+        source = self.scratch / "best"
+        shutil.rmtree(out, ignore_errors=True)
+        if source.is_dir():
+            shutil.copytree(source, out)
+        else:
+            start = load_encoder(self.encoder_dir, self.device)
+            start.save_pretrained(str(out), safe_serialization=True, create_model_card=False)
+
+    def summary(self) -> dict[str, float]:
+        """The watch at the start, of the best, and at the end."""
+        best = self.best or self.watches[0]
+        moments = {"start": self.watches[0], "best": best, "last": self.watches[-1]}
+        numbers = {
+            f"{name}_{key}": value
+            for name, watch in moments.items()
+            for key, value in watch.numbers().items()
+        }
+        return numbers | {"best_step": float(best.step), "steps": float(self.step)}
+
+
+def _some(items: Sequence[str], count: int | None, rng: np.random.Generator) -> list[str]:
+    """Up to `count` of the items, drawn at random, in random order."""
+    return [items[i] for i in rng.permutation(len(items))[:count]]

@@ -1,0 +1,1 @@
+"""Metrics of judge and retriever, their significance, and the release gate."""

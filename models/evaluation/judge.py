@@ -1,0 +1,94 @@
+"""How good a judge is: agreement with humans, calibration, and reasoning that fits its grade.
+
+Consumes probabilities or grades and gold labels -> produces one row of plain numbers. N pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from models.rules.table import contradicts
+from models.teacher.response import ParseOutcome, Response
+from models.types import GRADES, Verdicts
+
+
+def grade_metrics(gold_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
+    """macro-F1 = mean of the four class F1s, each F1, accuracy, quadratic kappa [TaoSR1 s4].
+
+    A grade absent from gold and prediction has no F1 and is left out of the mean. Kappa of a
+    constant prediction is 0.
+    """
+    from sklearn.metrics import cohen_kappa_score, f1_score
+
+    present = [g for g in GRADES if g in set(gold_N.tolist()) | set(predicted_N.tolist())]
+    f1 = f1_score(gold_N, predicted_N, labels=present, average=None, zero_division=0)
+    out = {"macro_f1": float(np.mean(f1)), "accuracy": float(np.mean(gold_N == predicted_N))}
+    out |= {f"f1_{g}": float(v) for g, v in zip(present, f1, strict=True)}
+    kappa = cohen_kappa_score(gold_N, predicted_N, weights="quadratic", labels=list(GRADES))
+    out["kappa"] = 0.0 if np.isnan(kappa) else float(kappa)
+    return out
+
+
+def probability_metrics(gold_N: np.ndarray, probabilities_NL: np.ndarray) -> dict[str, float]:
+    """Spearman of the expected grade with gold, negative log-likelihood (nats), ECE (10 bins)."""
+    from scipy.stats import spearmanr
+
+    expected_N = probabilities_NL @ np.array(GRADES)
+    constant = np.ptp(expected_N) < 1e-9 or np.ptp(gold_N) == 0
+    rho = 0.0 if constant else float(spearmanr(expected_N, gold_N).statistic)
+    picked_N = probabilities_NL[np.arange(len(gold_N)), gold_N - 1]
+    confidence_N = probabilities_NL.max(1)
+    right_N = probabilities_NL.argmax(1) + 1 == gold_N
+    return {
+        "spearman": rho,
+        "nll": float(-np.log(np.clip(picked_N, 1e-9, 1)).mean()),
+        "ece": expected_calibration_error(confidence_N, right_N),
+    }
+
+
+def expected_calibration_error(
+    confidence_N: np.ndarray, right_N: np.ndarray, bins: int = 10
+) -> float:
+    """sum_b n_b / N |accuracy_b - confidence_b| over equal-width bins of confidence in [0, 1]."""
+    which_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
+    gaps = [
+        abs(right_N[which_N == b].mean() - confidence_N[which_N == b].mean())
+        * (which_N == b).mean()
+        for b in range(bins)
+        if (which_N == b).any()
+    ]
+    return float(sum(gaps))
+
+
+def reasoning_metrics(
+    responses: Sequence[Response], gold: Sequence[Verdicts | None]
+) -> dict[str, float]:
+    """Of decoded responses: rule_adherence, contradiction_rate, verdict accuracy, malformed_rate.
+
+    rule_adherence: share that is well formed and whose grade its own verdicts allow.
+    contradiction_rate: share, of those stating grade and verdicts, whose grade breaks the rule
+    table. category_accuracy: share, of pairs with gold verdicts, whose category verdict is right.
+    """
+    if not responses:
+        return {}
+    stated = [r for r in responses if r.grade is not None and r.verdicts is not None]
+    bad = [r for r in stated if contradicts(r.grade, r.verdicts)]  # type: ignore[arg-type]
+    well = [r for r in responses if r.outcome is ParseOutcome.OK]
+    adherent = [r for r in well if not contradicts(r.grade, r.verdicts)]  # type: ignore[arg-type]
+    known = [(r, g) for r, g in zip(responses, gold, strict=True) if g is not None]
+    out = {
+        "rule_adherence": len(adherent) / len(responses),
+        "contradiction_rate": len(bad) / len(stated) if stated else 1.0,
+        "malformed_rate": 1 - len(well) / len(responses),
+    }
+    if known:
+        right = sum(r.verdicts is not None and r.verdicts.category == g.category for r, g in known)
+        out["category_accuracy"] = right / len(known)
+    return out
+
+
+def majority_grade(grades: Sequence[int]) -> int:
+    """The most frequent grade of the training split; the smaller one on a tie."""
+    return min(GRADES, key=lambda g: (-sum(x == g for x in grades), g))

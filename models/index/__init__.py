@@ -1,0 +1,1 @@
+"""Vector indexes over the catalogue: an exact oracle and LanceDB."""

@@ -1,0 +1,173 @@
+"""Every setting of the judge's stages, importable without torch.
+
+One place rather than beside each stage, so that flows deploy and show their forms on a machine that
+has no torch. Defaults are the paper's value with its tag, or ours with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.rewards.config import RuleRewardConfig
+from models.teacher.response import Order
+
+
+class PromptConfig(BaseModel):
+    """What the judge reads and in which format it answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    rules: str = "default"
+    """Rule base: a name in models/rules or a path to your own .json."""
+    evidence: bool = True
+    """Add the found / missing / excluded / price lines (ours; small judges need them)."""
+    max_item_chars: int = 220
+    """Longest product line, in characters."""
+    max_query_chars: int = 160
+    """Longest query, in characters."""
+    order: Order = "respond_then_think"
+    """post-CoT ships; think-then-respond is the paper's ablation [TaoSR1 s3.1]."""
+
+
+class LoraSettings(BaseModel):
+    """Low-rank adapters on every linear layer (peft)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    r: int = Field(16, ge=1)
+    """Rank."""
+    alpha: int = Field(32, ge=1)
+    """Scale numerator: updates are multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Adapter dropout; 0 keeps the shared-prefix forward equal to the plain one."""
+
+
+class OptimiserConfig(BaseModel):
+    """How a judge stage steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate. 1e-4 whole-model learned on real pairs where LoRA did not (ours)."""
+    warmup_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps spent warming up."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lora: LoraSettings | None = None
+    """None trains the whole model."""
+    bf16: bool = True
+    """Autocast the backbone to bf16; master weights and optimiser stay float32."""
+    checkpoint_every: int = Field(20, ge=1)
+    """Optimiser steps between checkpoints."""
+    seed: int = 0
+
+
+class SftConfig(BaseModel):
+    """CoT SFT."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    prompt: PromptConfig = PromptConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    max_pairs: int = Field(2000, ge=1)
+    """Pairs trained on, one epoch each."""
+    epochs: int = Field(1, ge=1)
+    balance: float = Field(1.0, ge=0, le=1)
+    """1: equal counts a grade; 0: the natural mix; between: count ** (1 - balance)."""
+    cot_share: float = Field(1.0, ge=0, le=1)
+    grade_share: float | None = Field(0.5, ge=0, le=1)
+    micro_batch: int = Field(16, ge=1)
+    """Pairs in one forward."""
+    accumulate: int = Field(2, ge=1)
+    """Forwards in one optimiser step."""
+
+
+class PassAtNConfig(BaseModel):
+    """Sampling for preference pairs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    prompts: int = Field(128, ge=1)
+    """Training pairs sampled from, class-balanced."""
+    samples: int = Field(5, ge=2)
+    """N; the paper reports pass@1..5."""
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    """0 keeps the whole distribution."""
+    max_new_tokens: int = Field(64, ge=1)
+    pairs_per_prompt: int = Field(2, ge=1)
+    seed: int = 0
+
+
+class DpoConfig(BaseModel):
+    """DPO."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    optimiser: OptimiserConfig = OptimiserConfig(lr=5e-6)
+    beta: float = Field(0.1, gt=0)
+    """The paper is silent; 0.1 is the field's default."""
+    kind: Literal["sigmoid", "ipo", "robust"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Assumed share of flipped preferences, for kind="robust"."""
+    sft_weight: float = Field(0.2, ge=0)
+    """Weight of the chosen responses' mean NLL."""
+    epochs: int = Field(1, ge=1)
+    micro_batch: int = Field(8, ge=1)
+    """Preference pairs in one forward."""
+    accumulate: int = Field(2, ge=1)
+
+
+class PoolConfig(BaseModel):
+    """Which pairs GRPO may train on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    candidates: int = Field(600, ge=1)
+    """Training pairs scored for the pool."""
+    size: int = Field(200, ge=1)
+    """Pairs kept; the paper's best recipe uses the least data."""
+    max_confidence: float = Field(0.7, gt=0, le=1)
+    """Pairs the input judge is surer of than this are left out [TaoSR1 s3.3, sister paper]."""
+    balanced: bool = True
+    """Equal counts a grade (CV of the label counts = 0) [TaoSR1 s3.3]."""
+
+
+class GrpoConfig(BaseModel):
+    """GRPO and its sampling."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    optimiser: OptimiserConfig = OptimiserConfig(lr=1e-6, schedule="constant_with_warmup")
+    """lr 1e-6 for a whole-model fine-tune [TaoSR1 s3.3, sister paper]."""
+    pool: PoolConfig = PoolConfig()
+    reward: RuleRewardConfig = RuleRewardConfig()
+    steps: int = Field(20, ge=1)
+    prompts_per_step: int = Field(8, ge=1)
+    group_size: int = Field(8, ge=2)
+    """G; the sister paper uses 16."""
+    gamma: int | None = Field(None, ge=2)
+    """Groups with 0 < #correct < gamma are kept; None is G."""
+    max_refills: int = Field(2, ge=0)
+    """Rounds of fresh prompts a step may draw to fill its batch."""
+    inner_steps: int = Field(1, ge=1)
+    """Optimiser steps on one batch of rollouts."""
+    temperature: float = Field(0.99, gt=0)
+    """[TaoSR1 s3.3, sister paper]"""
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(64, ge=1)
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    """0.28 is DAPO's clip-higher."""
+    beta: float = Field(0.02, ge=0)
+    """KL weight; 0 keeps no reference."""
+    std_floor: float = Field(1e-3, gt=0)
+    max_advantage: float = Field(2.0, gt=0)
+    mask_truncated: bool = True
+    """Leave responses that hit max_new_tokens out of the loss altogether."""
+    responses_at_once: int = Field(32, ge=1)
+    """Responses in one forward of the update."""

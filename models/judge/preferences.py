@@ -1,0 +1,172 @@
+"""pass@N sampling and preference pairs [TaoSR1 s3.2].
+
+Consumes a judge and labelled pairs -> produces N sampled responses a prompt, and from them
+preference pairs: where some sample is right, the model's own right and wrong responses
+(self-correction); where none is, the teacher's against the model's own wrong one (oracle guidance).
+
+Departures (the paper is silent): a response is right when its grade equals gold and its verdicts do
+not contradict it; duplicates are dropped; at most `pairs_per_prompt` pairs a prompt, chosen so that
+the rejected ones carry different wrong grades.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from models.judge.config import PassAtNConfig
+from models.judge.cot_sft import draw_pairs
+from models.judge.scoring import ScoringJudge
+from models.lm.rollout import sample
+from models.rules.table import contradicts
+from models.teacher.response import Response, parse_response
+from models.teacher.template import write
+from models.types import Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One sampled response of one pair."""
+
+    query_id: str
+    product_id: str
+    gold: int
+    text: str
+    grade: int | None
+    finished: bool
+    correct: bool
+    contradicting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """chosen and rejected are response texts; source: self_correction or oracle_guidance."""
+
+    query_id: str
+    product_id: str
+    chosen: str
+    rejected: str
+    source: str
+
+
+def is_contradicting(response: Response) -> bool:
+    """Whether the stated grade breaks the stated verdicts under the rule table."""
+    if response.grade is None or response.verdicts is None:
+        return False
+    return contradicts(response.grade, response.verdicts)
+
+
+def sample_responses(
+    judge: ScoringJudge, pairs: Sequence[Pair], config: PassAtNConfig, desc: str = "pass@N"
+) -> list[list[Sampled]]:
+    """N responses for each pair, in pair order."""
+    encoder = judge.encoder
+    generator = torch.Generator(device=judge.model.device).manual_seed(config.seed)
+    groups = sample(
+        judge.model,
+        [encoder.prompt(p.query, p.product) for p in pairs],
+        group_size=config.samples,
+        max_new_tokens=config.max_new_tokens,
+        end_id=encoder.end_id,
+        generator=generator,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        desc=desc,
+    )
+    out: list[list[Sampled]] = []
+    for pair, group in zip(pairs, groups, strict=True):
+        row = []
+        for rollout in group:
+            text = encoder.decode(rollout.ids)
+            response = parse_response(text, encoder.config.order, rollout.finished)
+            bad = is_contradicting(response)
+            right = response.grade == pair.grade and not bad and rollout.finished
+            row.append(
+                Sampled(
+                    pair.query.query_id,
+                    pair.product.product_id,
+                    pair.grade,
+                    text,
+                    response.grade,
+                    rollout.finished,
+                    right,
+                    bad,
+                )
+            )
+        out.append(row)
+    return out
+
+
+def pass_at(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
+    """pass@1..N: share of prompts with a right response among the first n, unbiased over order.
+
+    pass@n = 1 - C(N - c, n) / C(N, n) with c right ones of N, averaged over prompts.
+    """
+    from math import comb
+
+    size = len(groups[0]) if groups else 0
+    out = {}
+    for n in range(1, size + 1):
+        misses = [comb(size - sum(s.correct for s in g), n) / comb(size, n) for g in groups]
+        out[f"pass@{n}"] = 1 - sum(misses) / len(misses)
+    return out
+
+
+def build_preferences(
+    pairs: Sequence[Pair], groups: Sequence[Sequence[Sampled]], config: PassAtNConfig, order: str
+) -> list[Preference]:
+    """Self-correction and oracle-guidance pairs, duplicates dropped."""
+    out: list[Preference] = []
+    for pair, group in zip(pairs, groups, strict=True):
+        right = list(dict.fromkeys(s.text for s in group if s.correct))
+        wrong: dict[int | None, str] = {}
+        for s in group:
+            if not s.correct and s.finished:
+                wrong.setdefault(s.grade, s.text)
+        source = "self_correction" if right else "oracle_guidance"
+        chosen = right or [write(pair, order)]  # type: ignore[arg-type]
+        for i, rejected in enumerate(list(wrong.values())[: config.pairs_per_prompt]):
+            best = chosen[i % len(chosen)]
+            if best != rejected:
+                ids = (pair.query.query_id, pair.product.product_id)
+                out.append(Preference(*ids, best, rejected, source))
+    return out
+
+
+def make_preferences(
+    judge: ScoringJudge, pairs: Sequence[Pair], config: PassAtNConfig, out: Path
+) -> dict[str, float]:
+    """Draw prompts, sample, pair up; writes samples.jsonl and preferences.jsonl to `out`."""
+    import random
+
+    chosen = draw_pairs(pairs, config.prompts, 1.0, random.Random(config.seed))
+    groups = sample_responses(judge, chosen, config)
+    preferences = build_preferences(chosen, groups, config, judge.encoder.config.order)
+    flat = [s for g in groups for s in g]
+    _write_jsonl(out / "samples.jsonl", [asdict(s) for s in flat])
+    _write_jsonl(out / "preferences.jsonl", [asdict(p) for p in preferences])
+    own = sum(p.source == "self_correction" for p in preferences)
+    return {
+        **pass_at(groups),
+        "preferences": len(preferences),
+        "self_correction": own,
+        "oracle_guidance": len(preferences) - own,
+        "malformed_share": sum(s.grade is None for s in flat) / len(flat),
+        "truncated_share": sum(not s.finished for s in flat) / len(flat),
+        "contradiction_rate": sum(s.contradicting for s in flat) / len(flat),
+    }
+
+
+def read_preferences(folder: Path) -> list[Preference]:
+    """What `make_preferences` wrote."""
+    lines = (folder / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Preference(**json.loads(line)) for line in lines]
+
+
+def _write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + ("\n" if lines else ""), encoding="utf-8")

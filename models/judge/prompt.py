@@ -1,0 +1,83 @@
+"""The judge's prompt and response, as segments of a shared-prefix path.
+
+Consumes a rule base and pairs -> produces token segments (rules | query | item [| response]).
+Segments are tokenised one by one, so a prompt's ids are the joined segments by definition and a
+shared node is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.errors import ConfigError, explain
+from models.judge.config import PromptConfig
+from models.lm.shared_prefix import Path, Segment
+from models.rules.base import RuleBase, load_rules
+from models.rules.evidence import gather
+from models.text import product_text
+from models.types import Product, Query
+
+
+class PromptEncoder:
+    """Turns pairs into token segments for one tokenizer and one prompt config."""
+
+    def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.rule_base: RuleBase = load_rules(config.rules)
+        self._open, self._middle, self._close = _chat_markers(tokenizer)
+        self.end_id: int = tokenizer.eos_token_id
+        self.label_ids: list[int] = [
+            tokenizer.encode(g, add_special_tokens=False)[0] for g in "1234"
+        ]
+        rules = "\n".join(r.text for r in self.rule_base.always)
+        system = f"Grade how well an item answers a search query.\n{rules}"
+        self.root: Segment = self._encode(self._open + system + self._middle)
+
+    @property
+    def version(self) -> str:
+        """Identity of everything here but the tokenizer: rule base and prompt config."""
+        return f"{self.rule_base.version}:{self.config.model_dump_json()}"
+
+    def query_segment(self, query: Query, hint: str = "") -> Segment:
+        """The query and the further rules it triggers. `hint` is for guided replay only."""
+        extra = "".join(f"{r.text}\n" for r in self.rule_base.concerning(query))
+        text = " ".join(query.text.split())[: self.config.max_query_chars]
+        return self._encode(f"{extra}query: {text}\n{hint}")
+
+    def item_segment(self, query: Query, product: Product) -> Segment:
+        """The item, its evidence, and the opening of the assistant's turn."""
+        text = " ".join(product_text(product).split())[: self.config.max_item_chars]
+        evidence = gather(query, product).lines() if self.config.evidence else ""
+        return self._encode(f"item: {text}\n{evidence}".rstrip("\n") + self._close)
+
+    def prompt(self, query: Query, product: Product) -> Path:
+        """(rules, query, item): the path whose next token is the response's first."""
+        return (self.root, self.query_segment(query), self.item_segment(query, product))
+
+    def response_segment(self, text: str) -> Segment:
+        """Response ids with the end token."""
+        return (*self._encode(text), self.end_id)
+
+    def decode(self, ids: Segment) -> str:
+        """Text of a sampled response, end token dropped."""
+        return self.tokenizer.decode([i for i in ids if i != self.end_id])
+
+    def _encode(self, text: str) -> Segment:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _chat_markers(tokenizer: Any) -> tuple[str, str, str]:
+    """What the chat template puts before, between and after a system and a user text."""
+    messages = [{"role": "system", "content": "<<S>>"}, {"role": "user", "content": "<<U>>"}]
+    if tokenizer.chat_template is None:
+        raise ConfigError(explain("no chat template", "an instruct model", "choose another base"))
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    before, found_system, rest = text.partition("<<S>>")
+    middle, found_user, close = rest.partition("<<U>>")
+    if not (found_system and found_user):
+        got = "a chat template without system turn"
+        raise ConfigError(explain(got, "system and user turns", "choose another base model"))
+    return before, middle, close

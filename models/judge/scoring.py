@@ -1,0 +1,95 @@
+"""Scoring: P(grade) for (query, product) pairs from one prefill, nothing decoded.
+
+Consumes a judge folder -> produces a `Judge`. Rules are read once per loaded model, each query
+once per call, each product once; chunks are filled by length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.judge.config import PromptConfig
+from models.judge.prompt import PromptEncoder
+from models.lm.shared_prefix import Frontier, SharedPrefixLM, build_tree
+from models.lm.weights import load_lm
+from models.types import Product, Query
+
+JUDGE_FILE = "judge.json"
+"""Beside the weights: the prompt config and, once calibrated, the CumPT threshold."""
+
+
+class ScoringJudge:
+    """A trained judge as a function from pairs to grade probabilities."""
+
+    def __init__(
+        self,
+        model: SharedPrefixLM,
+        encoder: PromptEncoder,
+        rows_at_once: int = 48,
+        version: str = "unsaved",
+    ) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.rows_at_once = rows_at_once
+        self.version = version
+        self._root: Frontier | None = None
+
+    @classmethod
+    def open(
+        cls, folder: str, prompt: PromptConfig, device: str = "cpu", bf16: bool = True
+    ) -> ScoringJudge:
+        """Load weights for scoring."""
+        lm, tokenizer = load_lm(folder, device=device)
+        model = SharedPrefixLM(lm.eval(), bf16=bf16)
+        return cls(model, PromptEncoder(tokenizer, prompt), version=folder)
+
+    @property
+    def rules_version(self) -> str:
+        """Identity of rule base and prompt format."""
+        return self.encoder.version
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[tuple[Query, Product]], desc: str = "") -> np.ndarray:
+        """P(grade) of every pair, [P, 4] float32 in the order of GRADES [TaoSR1 s1.score].
+
+        Pairs of one query should be neighbours: that is what is shared. Empty input gives [0, 4].
+        """
+        out = np.zeros((len(pairs), 4), dtype=np.float32)
+        tails = [(self.encoder.query_segment(q), self.encoder.item_segment(q, p)) for q, p in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: (tails[i][0], len(tails[i][1])))
+        for start in tqdm(
+            range(0, len(order), self.rows_at_once), desc=desc, disable=not desc, leave=False
+        ):
+            rows = order[start : start + self.rows_at_once]
+            tree = build_tree([tails[i] for i in rows]).to(self.model.device)
+            logp_PL = self.model.label_logprobs(tree, self.encoder.label_ids, self._rules())
+            out[rows] = logp_PL.exp().cpu().numpy()
+        return out
+
+    def probabilities(self, query: Query, products: Sequence[Product]) -> np.ndarray:
+        """[K, 4] probabilities for the candidates of one query."""
+        return self.score([(query, product) for product in products])
+
+    def _rules(self) -> Frontier:
+        if self._root is None:
+            tree = build_tree([(self.encoder.root,)]).to(self.model.device)
+            self._root, _ = self.model.prefill(tree)
+        return self._root
+
+
+def write_judge_file(folder: Path, prompt: PromptConfig, beta_cum: float | None) -> None:
+    """Keep what the weights alone do not say."""
+    body = {"prompt": prompt.model_dump(), "beta_cum": beta_cum}
+    (folder / JUDGE_FILE).write_text(json.dumps(body, indent=1))
+
+
+def read_judge_file(folder: Path) -> tuple[PromptConfig, float | None]:
+    """Inverse of `write_judge_file`."""
+    body = json.loads((folder / JUDGE_FILE).read_text())
+    return PromptConfig(**body["prompt"]), body["beta_cum"]

@@ -1,0 +1,267 @@
+"""The shared-prefix engine: a batch of prompts as a tree, every shared token computed once.
+
+All prompts start with the same rules, all candidates of a query share the query, all rollouts of a
+group share the prompt. A *path* is a tuple of token segments (rules, query, item[, response]);
+paths with equal leading segments share those nodes. Each level is one forward pass over its own
+tokens against the key/value cache of its parents, expanded row by row; gradients flow through the
+caches, so losses and gradients equal those of the plain forward over the joined tokens.
+
+Consumes: a causal LM of transformers (plain or with peft adapters) and paths of token ids.
+Produces: label log-probabilities, response log-probabilities, leaf caches for decoding.
+
+Tensor legend: N nodes of a level, T tokens, P paths, D hidden size, V vocabulary, L labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+Segment = tuple[int, ...]
+Path = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The nodes of one depth: right-padded tokens and the row of each node's parent."""
+
+    ids_NT: torch.Tensor
+    mask_NT: torch.Tensor
+    parent_N: torch.Tensor
+
+    @property
+    def lengths_N(self) -> torch.Tensor:
+        """Real tokens a node."""
+        return self.mask_NT.sum(1)
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """Levels from the root down and, per path, the row of its leaf."""
+
+    levels: tuple[Level, ...]
+    leaf_P: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, each shared one once."""
+        return int(sum(level.mask_NT.sum() for level in self.levels))
+
+    def to(self, device: torch.device | str) -> PromptTree:
+        """The same tree on another device."""
+        levels = tuple(
+            Level(x.ids_NT.to(device), x.mask_NT.to(device), x.parent_N.to(device))
+            for x in self.levels
+        )
+        return PromptTree(levels, self.leaf_P.to(device))
+
+
+def build_tree(paths: Sequence[Path]) -> PromptTree:
+    """Group `paths` by shared leading segments; equal paths share one leaf.
+
+    Raises:
+        ValueError: no paths, an empty segment, or paths of different depth.
+
+    >>> tree = build_tree([((1, 2), (3,)), ((1, 2), (4, 5))])
+    >>> tree.num_tokens, tree.leaf_P.tolist()
+    (5, [0, 1])
+    """
+    depths = {len(path) for path in paths}
+    if len(depths) != 1 or any(not segment for path in paths for segment in path):
+        raise ValueError(f"got depths {sorted(depths)} or an empty segment; expected equal depth")
+    levels: list[Level] = []
+    parent_row: dict[Path, int] = {(): 0}
+    for depth in range(depths.pop()):
+        rows: dict[Path, int] = {}
+        for path in paths:
+            rows.setdefault(path[: depth + 1], len(rows))
+        levels.append(_level([(node[-1], parent_row[node[:-1]]) for node in rows]))
+        parent_row = rows
+    return PromptTree(tuple(levels), torch.tensor([parent_row[path] for path in paths]))
+
+
+def _level(nodes: Sequence[tuple[Segment, int]]) -> Level:
+    width = max(len(segment) for segment, _ in nodes)
+    ids_NT = torch.zeros(len(nodes), width, dtype=torch.long)
+    mask_NT = torch.zeros(len(nodes), width, dtype=torch.long)
+    for row, (segment, _) in enumerate(nodes):
+        ids_NT[row, : len(segment)] = torch.tensor(segment)
+        mask_NT[row, : len(segment)] = 1
+    return Level(ids_NT, mask_NT, torch.tensor([parent for _, parent in nodes]))
+
+
+@dataclass
+class Frontier:
+    """What the next level attends to: the cache of one level's nodes and its padding."""
+
+    cache: DynamicCache
+    mask_NS: torch.Tensor
+    lengths_N: torch.Tensor
+
+    def select(self, rows_M: torch.Tensor) -> Frontier:
+        """The frontier with row i taken from `rows_M[i]`; gradients flow through."""
+        identity = torch.arange(self.mask_NS.shape[0], device=rows_M.device)
+        same = rows_M.shape == identity.shape and bool((rows_M == identity).all())
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            keys, values = layer.keys, layer.values
+            if not same:
+                keys, values = keys.index_select(0, rows_M), values.index_select(0, rows_M)
+            cache.update(keys, values, index)
+        return Frontier(cache, self.mask_NS[rows_M], self.lengths_N[rows_M])
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Per path: log-probabilities of its response tokens, padded to one width.
+
+    logp_PT: natural log, 0 where masked. mask_PT: bool. entropy_PT: nats, detached, or None.
+    """
+
+    logp_PT: torch.Tensor
+    mask_PT: torch.Tensor
+    entropy_PT: torch.Tensor | None = None
+
+
+class SharedPrefixLM(torch.nn.Module):
+    """A causal LM that reads trees. Parameters are those of `lm`, nothing is added.
+
+    Args:
+        lm: a transformers causal LM, or a peft model around one.
+        bf16: run the backbone under bf16 autocast; log-softmax always runs in float32.
+    """
+
+    def __init__(self, lm: torch.nn.Module, bf16: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        self.bf16 = bf16
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.lm.parameters()).device
+
+    def forward(
+        self, tree: PromptTree, temperature: float = 1.0, with_entropy: bool = False
+    ) -> ResponseLogps:
+        """Log-probabilities of each path's last segment given the segments before it.
+
+        The trainer's entry point, so that a distributed wrapper sees one forward a loss.
+        """
+        hiddens = self._hidden_states(tree)
+        response = tree.levels[-1]
+        before_ND = _last_token(hiddens[-2], tree.levels[-2])[response.parent_N]
+        states_NTD = torch.cat([before_ND[:, None], hiddens[-1][:, :-1]], dim=1)
+        mask_NT = response.mask_NT.bool()
+        logits_MV = self._logits(states_NTD[mask_NT]) / temperature
+        logp_MV = torch.log_softmax(logits_MV, dim=-1)
+        logp_M = logp_MV.gather(1, response.ids_NT[mask_NT][:, None])[:, 0]
+        logp_NT = torch.zeros(mask_NT.shape, device=logp_M.device).masked_scatter(mask_NT, logp_M)
+        entropy_PT = None
+        if with_entropy:
+            with torch.no_grad():
+                entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
+            zeros_NT = torch.zeros(mask_NT.shape, device=logp_M.device)
+            entropy_PT = zeros_NT.masked_scatter(mask_NT, entropy_M)[tree.leaf_P]
+        return ResponseLogps(logp_NT[tree.leaf_P], mask_NT[tree.leaf_P], entropy_PT)
+
+    def label_logprobs(
+        self, tree: PromptTree, label_ids: Sequence[int], root: Frontier | None = None
+    ) -> torch.Tensor:
+        """log P over the label tokens alone at the position after each path [TaoSR1 s1.score].
+
+        softmax(z[label_ids]): only those rows of the output layer are computed. With `root`, the
+        tree's paths continue the prefix that `root` holds.
+
+        Returns:
+            [P, L] float32, each row normalised over the labels.
+        """
+        hidden_NTD = self._hidden_states(tree, root)[-1]
+        last_ND = _last_token(hidden_NTD, tree.levels[-1])
+        weight_LD = self._head().weight[list(label_ids)]
+        logits_NL = last_ND.float() @ weight_LD.float().T
+        return torch.log_softmax(logits_NL, dim=-1)[tree.leaf_P]
+
+    def prefill(
+        self, tree: PromptTree, root: Frontier | None = None
+    ) -> tuple[Frontier, torch.Tensor]:
+        """Leaf caches, one row a path, and the next-token logits [P, V] after each path."""
+        hidden_NTD, frontier = torch.empty(0), root
+        with self._precision():
+            for level in tree.levels:
+                hidden_NTD, frontier = self._extend(frontier, level)
+        assert frontier is not None
+        logits_NV = self._logits(_last_token(hidden_NTD, tree.levels[-1]))
+        return frontier.select(tree.leaf_P), logits_NV[tree.leaf_P]
+
+    def step(self, frontier: Frontier, ids_N: torch.Tensor) -> tuple[Frontier, torch.Tensor]:
+        """Feed one token a row; returns the longer frontier and next-token logits [N, V]."""
+        rows_N = torch.arange(len(ids_N), device=ids_N.device)
+        level = Level(ids_N[:, None], torch.ones_like(ids_N)[:, None], rows_N)
+        with self._precision():
+            hidden_NTD, frontier = self._extend(frontier, level, reuse=True)
+        return frontier, self._logits(hidden_NTD[:, -1])
+
+    def _hidden_states(self, tree: PromptTree, root: Frontier | None = None) -> list[torch.Tensor]:
+        hiddens: list[torch.Tensor] = []
+        frontier = root
+        with self._precision():
+            for level in tree.levels:
+                hidden_NTD, frontier = self._extend(frontier, level)
+                hiddens.append(hidden_NTD)
+        return hiddens
+
+    def _extend(
+        self, frontier: Frontier | None, level: Level, reuse: bool = False
+    ) -> tuple[torch.Tensor, Frontier]:
+        """One forward of `level` on top of its parents (`reuse`: rows already line up)."""
+        position_NT = torch.cumsum(level.mask_NT, 1) - 1
+        if frontier is None:
+            parents = Frontier(
+                DynamicCache(),
+                level.mask_NT[:, :0],
+                torch.zeros(len(level.ids_NT), dtype=torch.long, device=level.ids_NT.device),
+            )
+        else:
+            parents = frontier if reuse else frontier.select(level.parent_N)
+        position_NT = (position_NT + parents.lengths_N[:, None]).clamp(min=0)
+        mask_NS = torch.cat([parents.mask_NS, level.mask_NT], dim=1)
+        out = self._backbone()(
+            input_ids=level.ids_NT,
+            attention_mask=mask_NS,
+            position_ids=position_NT,
+            past_key_values=parents.cache,
+            use_cache=True,
+        )
+        lengths_N = parents.lengths_N + level.lengths_N
+        return out.last_hidden_state, Frontier(out.past_key_values, mask_NS, lengths_N)
+
+    def _logits(self, states_MD: torch.Tensor) -> torch.Tensor:
+        with self._precision():
+            return self._head()(states_MD).float()
+
+    def _causal_lm(self) -> Any:
+        get_base = getattr(self.lm, "get_base_model", None)
+        return get_base() if get_base is not None else self.lm
+
+    def _backbone(self) -> torch.nn.Module:
+        causal_lm = self._causal_lm()
+        return getattr(causal_lm, causal_lm.base_model_prefix)
+
+    def _head(self) -> torch.nn.Module:
+        return self._causal_lm().get_output_embeddings()
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            yield
+
+
+def _last_token(hidden_NTD: torch.Tensor, level: Level) -> torch.Tensor:
+    rows_N = torch.arange(len(hidden_NTD), device=hidden_NTD.device)
+    return hidden_NTD[rows_N, level.lengths_N - 1]

@@ -1,0 +1,77 @@
+"""Rule-aware reward shaping for the judge's rollouts [TaoSR-AGRL s3.rrs, ours].
+
+Consumes a parsed response and the gold grade and verdicts -> produces the reward and its parts.
+
+    reward = gate * (w_grade [grade == gold] + w_category [category == gold]
+                     + w_attributes * share of attribute verdicts right + w_format [well formed])
+
+gate = 0 when the stated grade contradicts the stated verdicts under the rule table. With
+`shaped=False` the reward is the outcome alone: 1 for the gold grade, else 0 [TaoSR1 s3.3].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.rewards.config import RuleRewardConfig
+from models.rules.table import contradicts
+from models.teacher.response import ParseOutcome, Response
+from models.types import Verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class RewardParts:
+    """Every part before weighting, each in [0, 1], and the weighted total."""
+
+    grade: float
+    category: float
+    attributes: float
+    format: float
+    gate: float
+    total: float
+
+
+def rule_reward(
+    response: Response, gold_grade: int, gold: Verdicts, config: RuleRewardConfig
+) -> RewardParts:
+    """The reward of one response; empty and unreadable ones get every part 0 but what they state.
+
+    A truncated or malformed response keeps credit for a stated grade, none for its form. Without
+    gold attributes the attribute part is 1 when none is stated.
+    """
+    grade = float(response.grade == gold_grade)
+    verdicts = response.verdicts
+    form = float(response.outcome is ParseOutcome.OK)
+    if not config.shaped:
+        return RewardParts(grade, 0.0, 0.0, form, 1.0, grade)
+    category = float(verdicts is not None and verdicts.category == gold.category)
+    attributes = 0.0 if verdicts is None else share_right(verdicts, gold)
+    broken = (
+        config.gate
+        and verdicts is not None
+        and response.grade is not None
+        and contradicts(response.grade, verdicts)
+    )
+    gate = 0.0 if broken else 1.0
+    total = gate * (
+        config.grade * grade
+        + config.category * category
+        + config.attributes * attributes
+        + config.format * form
+    )
+    return RewardParts(grade, category, attributes, form, gate, total)
+
+
+def share_right(stated: Verdicts, gold: Verdicts) -> float:
+    """Share of gold attribute verdicts stated with the right truth value; invented ones count.
+
+    >>> from models.types import Category
+    >>> gold = Verdicts(Category.MATCH, (("colour", True), ("price", False)))
+    >>> share_right(Verdicts(Category.MATCH, (("colour", True), ("price", True))), gold)
+    0.5
+    """
+    want, have = dict(gold.attributes), dict(stated.attributes)
+    names = want.keys() | have.keys()
+    if not names:
+        return 1.0
+    return sum(name in want and have.get(name) == want[name] for name in names) / len(names)

@@ -1,0 +1,179 @@
+"""f(q, d): the judge's live score, cached on disk [TaoSearchEmb s3.2].
+
+Consumes a `Judge` -> produces a reward in [0, 1]; every P(grade) is asked for once per judge
+version, rules version, query text and product content, also across runs and after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from models.errors import ConfigError, explain
+from models.text import normalise
+from models.types import GRADES, Judge, Product, Query
+
+Readout = Literal["good", "expected"]
+_ROW = struct.Struct(f"<{len(GRADES)}d")
+
+
+def product_digest(product: Product) -> str:
+    """Hash of everything a judge may read of a product: not its id, and not its sales."""
+    content = [
+        product.title,
+        product.description,
+        product.brand,
+        product.category,
+        sorted(product.attributes.items()),
+        product.price,
+        product.rating,
+        product.rating_count,
+    ]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+class ScoreCache:
+    """P(grade) by key in one sqlite file; each `put` is durable, so a killed run loses nothing.
+
+    Args:
+        path: the file (made if missing), or ":memory:".
+        judge_version: changes whenever the judge's weights, prompt or decoding do.
+        rules_version: changes whenever the rules in the prompt do.
+
+    Attributes:
+        hits, misses: look-ups since it was opened.
+    """
+
+    def __init__(self, path: Path | str, judge_version: str, rules_version: str = "") -> None:
+        if not judge_version:
+            raise ConfigError(
+                explain("no judge version", "a version or fingerprint", "pass the judge artifact's")
+            )
+        if str(path) != ":memory:":
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._versions = (judge_version, rules_version)
+        self._db = sqlite3.connect(str(path), timeout=60.0)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, p BLOB) WITHOUT ROWID"
+        )
+        self._db.commit()
+        self.hits = 0
+        self.misses = 0
+
+    def key(self, query: Query, product: Product) -> bytes:
+        """32 bytes: sha256 over both versions, the normalised query text and the product."""
+        parts = [*self._versions, normalise(query.text), product_digest(product)]
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, ...]]:
+        """P(grade) of the keys that are there; counts hits and misses."""
+        found: dict[bytes, tuple[float, ...]] = {}
+        for start in range(0, len(keys), 500):
+            chunk = keys[start : start + 500]
+            marks = ",".join("?" * len(chunk))
+            rows = self._db.execute(f"SELECT key, p FROM scores WHERE key IN ({marks})", chunk)
+            found.update((key, _ROW.unpack(p)) for key, p in rows)
+        self.hits += sum(k in found for k in keys)
+        self.misses += sum(k not in found for k in keys)
+        return found
+
+    def put(self, scores: Mapping[bytes, Sequence[float]]) -> None:
+        """Store P(grade) by key, in one transaction."""
+        rows = [(key, _ROW.pack(*map(float, p))) for key, p in scores.items()]
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of look-ups answered from the cache, 0 before the first."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM scores").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def read_out(p_N4: np.ndarray, readout: Readout = "good") -> np.ndarray:
+    """One number in [0, 1] from P(grade): P3 + P4, or (E[grade] - 1)/3 (ours) [TaoSearchEmb s3.2].
+
+    >>> read_out(np.array([[0.1, 0.2, 0.3, 0.4]])).round(2).tolist()
+    [0.7]
+    >>> read_out(np.array([[0.0, 0.0, 1.0, 0.0]]), "expected").round(4).tolist()
+    [0.6667]
+    """
+    if readout == "good":
+        return np.clip(p_N4[:, 2] + p_N4[:, 3], 0.0, 1.0)
+    return np.clip((p_N4 @ np.array(GRADES, dtype=np.float64) - 1.0) / 3.0, 0.0, 1.0)
+
+
+class JudgeRelevance:
+    """f(q, d) in [0, 1] from a judge's P(grade), through a cache [TaoSearchEmb s3.2]."""
+
+    name = "relevance"
+
+    def __init__(
+        self,
+        judge: Judge,
+        cache: ScoreCache,
+        readout: Readout = "good",
+        weight: float = 1.0,
+    ) -> None:
+        self.judge = judge
+        self.cache = cache
+        self.readout: Readout = readout
+        self.weight = weight
+
+    def probabilities(self, query: Query, products: Sequence[Product]) -> np.ndarray:
+        """P(grade) [K, 4] float64; the judge is asked only for what the cache lacks.
+
+        Raises:
+            ConfigError: the judge answers with another number of rows, or not with numbers.
+        """
+        keys = [self.cache.key(query, p) for p in products]
+        known = self.cache.get(keys)
+        missing = {k: p for k, p in zip(keys, products, strict=True) if k not in known}
+        if missing:
+            asked = list(missing)
+            rows = self.judge.probabilities(query, list(missing.values()))
+            fresh = dict(zip(asked, _checked(rows, len(asked)), strict=True))
+            self.cache.put(fresh)
+            known |= fresh
+        return np.array([known[k] for k in keys], dtype=np.float64).reshape(len(keys), len(GRADES))
+
+    def __call__(
+        self, queries: Sequence[Query], candidates: Sequence[Sequence[Product]]
+    ) -> np.ndarray:
+        """[Q, K] in [0, 1], float32."""
+        rows = [
+            read_out(self.probabilities(q, products), self.readout)
+            for q, products in zip(queries, candidates, strict=True)
+        ]
+        return np.array(rows, dtype=np.float32).reshape(len(queries), -1)
+
+    def is_good(self, query: Query, products: Sequence[Product]) -> list[bool]:
+        """Whether each product is of grade 4 or 3 (P3 + P4 >= .5), as Goodrate asks."""
+        return (read_out(self.probabilities(query, products)) >= 0.5).tolist()
+
+
+def _checked(rows: Iterable[Sequence[float]], expected: int) -> list[tuple[float, ...]]:
+    p = np.array([tuple(map(float, row)) for row in rows], dtype=np.float64)
+    if p.shape != (expected, len(GRADES)) or not np.isfinite(p).all():
+        raise ConfigError(
+            explain(
+                f"a judge's answer of shape {p.shape}, finite: {bool(np.isfinite(p).all())}",
+                f"{expected} rows of four finite probabilities",
+                "check the judge's weights; a diverged judge must not teach the retriever",
+            )
+        )
+    return [tuple(row) for row in p.tolist()]

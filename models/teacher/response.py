@@ -1,0 +1,93 @@
+"""The response format: five reasoning steps and a grade, written and read back.
+
+Respond-then-think ("post-CoT"): the grade is the first token, the steps follow, one line each;
+think-then-respond is the same lines with the grade last [TaoSR1 s3.1].
+
+    4
+    query: running shoes, blue
+    item: Acme trail shoe
+    category: match
+    attributes: colour yes, price no
+    decision: related
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from models.types import GRADE_NAMES, Category, Verdicts
+
+Order = Literal["respond_then_think", "think_then_respond"]
+
+
+class ParseOutcome(enum.StrEnum):
+    """How a response read."""
+
+    OK = "ok"
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    MALFORMED = "malformed"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response read back. grade is None unless one could be read; verdicts likewise."""
+
+    outcome: ParseOutcome
+    grade: int | None
+    verdicts: Verdicts | None
+    text: str
+
+
+_ATTRIBUTE = re.compile(r"\s*(.+?) (yes|no)\s*")
+
+
+def render_steps(query_step: str, item_step: str, verdicts: Verdicts, grade: int) -> str:
+    """The five steps as text, without the grade token [TaoSR1 s3.1]."""
+    attributes = ", ".join(f"{n} {'yes' if h else 'no'}" for n, h in verdicts.attributes) or "none"
+    return (
+        f"query: {query_step}\nitem: {item_step}\ncategory: {verdicts.category}\n"
+        f"attributes: {attributes}\ndecision: {GRADE_NAMES[grade]}"
+    )
+
+
+def render_response(
+    query_step: str, item_step: str, verdicts: Verdicts, grade: int, order: Order
+) -> str:
+    """Grade and steps in the configured order; `parse_response` inverts it."""
+    steps = render_steps(query_step, item_step, verdicts, grade)
+    if order == "think_then_respond":
+        return f"{steps}\n{grade}"
+    return f"{grade}\n{steps}"
+
+
+def parse_response(text: str, order: Order, finished: bool = True) -> Response:
+    """Read a response; anything that is not exactly the format is named, never guessed."""
+    lines = text.strip().split("\n")
+    if not text.strip():
+        return Response(ParseOutcome.EMPTY, None, None, text)
+    grade_at = 0 if order == "respond_then_think" else -1
+    raw = lines[grade_at].strip()
+    grade = int(raw) if raw in {"1", "2", "3", "4"} else None
+    verdicts = _parse_verdicts(lines)
+    if not finished:
+        return Response(ParseOutcome.TRUNCATED, grade, verdicts, text)
+    if grade is None or verdicts is None or len(lines) != 6:
+        return Response(ParseOutcome.MALFORMED, grade, verdicts, text)
+    return Response(ParseOutcome.OK, grade, verdicts, text)
+
+
+def _parse_verdicts(lines: list[str]) -> Verdicts | None:
+    fields = dict(line.split(": ", 1) for line in lines if ": " in line)
+    category, attributes = fields.get("category", "").strip(), fields.get("attributes")
+    if category not in set(Category) or attributes is None:
+        return None
+    if attributes.strip() == "none":
+        return Verdicts(Category(category))
+    matches = [_ATTRIBUTE.fullmatch(part) for part in attributes.split(",")]
+    if any(m is None for m in matches):
+        return None
+    return Verdicts(Category(category), tuple((m[1], m[2] == "yes") for m in matches if m))

@@ -1,0 +1,57 @@
+"""The offline teacher: writes the five steps from the pair, its gold grade and the rules.
+
+Consumes a Pair -> produces a response text. Where the store knows the gold step verdicts they are
+used; elsewhere verdicts are derived from the evidence and made consistent with the gold grade
+under the rule table (ours: the paper's teacher is DeepSeek-R1 given grade and rules [TaoSR1 s3.1]).
+"""
+
+from __future__ import annotations
+
+from models.rules.evidence import Evidence, gather
+from models.rules.table import allowed_grades
+from models.teacher.response import Order, render_response
+from models.types import Category, Pair, Verdicts
+
+MAX_STEP_WORDS = 6
+"""Words in the query and item steps: CPU judges decode every one of them."""
+MAX_ATTRIBUTES = 4
+
+
+def gold_verdicts(pair: Pair) -> Verdicts:
+    """The pair's verdicts, gold or derived; never in contradiction with its grade.
+
+    Derived: grade 1 -> category mismatch; otherwise match, one attribute a query word (found ->
+    yes, missing -> no), corrected where the rule table forbids the grade: a grade 4 or 3 item
+    whose words are missing is read as a synonym (yes), a grade 2 item with all words found is a
+    related kind of thing.
+    """
+    if pair.verdicts is not None:
+        return pair.verdicts
+    if pair.grade == 1:
+        return Verdicts(Category.MISMATCH)
+    evidence = gather(pair.query, pair.product)
+    verdicts = Verdicts(Category.MATCH, _attributes(evidence))
+    if pair.grade in allowed_grades(verdicts):
+        return verdicts
+    if pair.grade == 2:
+        return Verdicts(Category.RELATED, verdicts.attributes)
+    if pair.grade == 4:
+        return Verdicts(Category.MATCH, tuple((n, True) for n, _ in verdicts.attributes))
+    return Verdicts(Category.MATCH, verdicts.attributes[:1])
+
+
+def _attributes(evidence: Evidence) -> tuple[tuple[str, bool], ...]:
+    wishes = [(w, True) for w in evidence.found] + [(w, False) for w in evidence.missing]
+    wishes += [(f"not {w}", not present) for w, present in evidence.excluded]
+    if evidence.price_ok is not None:
+        wishes.append(("price", evidence.price_ok))
+    failed = [w for w in wishes if not w[1]]
+    held = [w for w in wishes if w[1]]
+    return tuple((failed[: MAX_ATTRIBUTES - 1] + held)[:MAX_ATTRIBUTES])
+
+
+def write(pair: Pair, order: Order) -> str:
+    """The teacher's response for one pair, in the configured order."""
+    query_step = " ".join(pair.query.text.split()[:MAX_STEP_WORDS])
+    item_step = " ".join(pair.product.title.replace("|", " ").split()[:MAX_STEP_WORDS])
+    return render_response(query_step, item_step, gold_verdicts(pair), pair.grade, order)

@@ -1,0 +1,110 @@
+"""The retriever's stages: contrastive SFT -> index -> Retrieval-GRPO -> index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
+from models.index.lance import IndexConfig
+from models.store import Store
+from tasks.artifacts import ArtifactRef
+from tasks.base import weights_path
+from tasks.stage import StageContext, stage
+
+
+class RewardsConfig(BaseModel):
+    """r = relevance + quality + exclusivity, each weighted [TaoSearchEmb s3.2]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    relevance: float = Field(1.0, ge=0)
+    """Weight of the judge's live score."""
+    quality: float = Field(1.0, ge=0)
+    """Weight of the item's quality level."""
+    exclusivity: float = Field(1.0, ge=0)
+    """Weight of 1 - term overlap with the query."""
+    readout: Literal["good", "expected"] = "good"
+    """good: P4 + P3; expected: (E[grade] - 1) / 3."""
+
+
+@stage(name="embedder_sft", kind="embedder", code_version="1")
+def embedder_sft(
+    ctx: StageContext, config: ContrastiveConfig, base: ArtifactRef, store: ArtifactRef
+) -> Mapping[str, float]:
+    """Contrastive SFT with in-batch and global random negatives [TaoSearchEmb s3.1]."""
+    from models.embedder.contrastive import train_contrastive
+
+    return train_contrastive(
+        weights_path(ctx, base),
+        Store.read(ctx.open(store) / "store"),
+        config,
+        ctx.out,
+        ctx.scratch,
+        ctx.sink,
+        ctx.settings.torch_device,
+    )
+
+
+@stage(name="index", kind="index", code_version="1")
+def index_catalogue(
+    ctx: StageContext, config: IndexConfig, encoder: ArtifactRef, store: ArtifactRef
+) -> Mapping[str, float]:
+    """The whole catalogue in LanceDB, vectors and full text, its recall measured."""
+    from models.embedder.encoder import document_encoder, load_encoder
+    from models.index.lance import build_index
+
+    model = load_encoder(weights_path(ctx, encoder), ctx.settings.torch_device)
+    data = Store.read(ctx.open(store) / "store")
+    facts = build_index(document_encoder(model, bf16=True), data, config, ctx.out, ctx.sink)
+    ctx.table("index", [facts])
+    return {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
+
+
+@stage(name="embedder_rgrpo", kind="embedder", code_version="1")
+def embedder_rgrpo(
+    ctx: StageContext,
+    config: RetrievalGRPOConfig,
+    rewards: RewardsConfig,
+    encoder: ArtifactRef,
+    judge: ArtifactRef,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """Retrieval-GRPO with judge, quality and exclusivity rewards [TaoSearchEmb s3.2]."""
+    from models.embedder.retrieval_grpo import train_retrieval_grpo
+    from models.rewards.exclusivity import Exclusivity
+    from models.rewards.quality import Quality, quality_scores
+
+    data = Store.read(ctx.open(store) / "store")
+    relevance = judge_relevance(ctx, judge, rewards.readout, rewards.relevance)
+    levels, source = quality_scores(data)
+    ctx.log.info("item quality from %s", source)
+    parts = [relevance, Quality(levels, rewards.quality), Exclusivity(rewards.exclusivity)]
+    counts = train_retrieval_grpo(
+        weights_path(ctx, encoder),
+        data,
+        [r for r in parts if r.weight > 0],
+        config,
+        ctx.out,
+        ctx.scratch,
+        ctx.sink,
+        ctx.settings.torch_device,
+    )
+    return dict(counts) | {"judge_cache/hit_rate": relevance.cache.hit_rate}
+
+
+def judge_relevance(
+    ctx: StageContext, judge: ArtifactRef, readout: str = "good", weight: float = 1.0
+) -> Any:
+    """The judge as a reward, its scores cached under the home by the judge's fingerprint."""
+    from models.judge.scoring import ScoringJudge, read_judge_file
+    from models.rewards.relevance import JudgeRelevance, ScoreCache
+
+    folder = ctx.open(judge)
+    prompt, _ = read_judge_file(folder)
+    model = ScoringJudge.open(str(folder), prompt, ctx.settings.torch_device)
+    path = ctx.settings.home / "scores" / f"{judge.fingerprint[:16]}.sqlite"
+    cache = ScoreCache(path, judge.fingerprint, model.rules_version)
+    return JudgeRelevance(model, cache, readout, weight)  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""The two tables: how good each judge is, and what each retriever finds, on held-out queries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.store import Store
+from tasks.artifacts import ArtifactRef
+from tasks.base import weights_path
+from tasks.embedder import judge_relevance
+from tasks.stage import StageContext, stage
+
+JUDGE_TABLE = "judge_table.json"
+RETRIEVAL_TABLE = "retrieval_table.json"
+
+
+class RetrievalEvalConfig(BaseModel):
+    """The retrieval table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    depth: int = Field(100, ge=10)
+    """Products ranked a query; the largest cut-off."""
+    ks: tuple[int, ...] = (10, 100)
+    """Cut-offs of Recall, Hitrate, Goodrate and judged."""
+    judged_queries: int = Field(48, ge=0)
+    """Test queries whose top 10 the judge reads for Goodrate@10; 0 leaves Goodrate out."""
+    seed: int = 0
+
+
+@stage(name="evaluate_judge", kind="evaluation", code_version="1")
+def evaluate_judge(
+    ctx: StageContext, answers: dict[str, ArtifactRef], judge: ArtifactRef, store: ArtifactRef
+) -> Mapping[str, float]:
+    """One row a judge, overall and by segment, on the same test pairs; a majority row first.
+
+    answers: {row name: judge_answers artifact}. The last one is also read by CumPT.
+    """
+    from models.evaluation.judge_table import judge_rows
+    from models.judge.scoring import read_judge_file
+
+    data = Store.read(ctx.open(store) / "store")
+    loaded = {name: _read_json(ctx.open(ref) / "answers.json") for name, ref in answers.items()}
+    prompt, beta = read_judge_file(ctx.open(judge))
+    assert beta is not None, "the judge artifact is calibrated"
+    rows = judge_rows(loaded, data, prompt.order, beta)
+    return _publish(ctx, JUDGE_TABLE, "judge", rows, rows[-1])
+
+
+@stage(name="evaluate_retrieval", kind="evaluation", code_version="1")
+def evaluate_retrieval(
+    ctx: StageContext,
+    config: RetrievalEvalConfig,
+    encoders: dict[str, ArtifactRef],
+    indexes: dict[str, ArtifactRef],
+    judge: ArtifactRef,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """Random, BM25 and one row an encoder over the whole catalogue, overall and by segment."""
+    from models.embedder.encoder import encode, load_encoder
+    from models.evaluation.lexical import Bm25, random_run
+    from models.evaluation.retrieval import evaluate_runs, write_trec_qrels, write_trec_run
+    from models.index.lance import LanceIndex
+    from models.rewards.quality import quality_scores
+
+    data = Store.read(ctx.open(store) / "store")
+    qrels = data.qrels("test")
+    queries = [data.query_by_id[q] for q in qrels]
+    products = data.product_by_id
+    runs: dict[str, dict[str, list[str]]] = {
+        "random": random_run(queries, list(products), config.depth, config.seed),
+        "bm25": Bm25(products.values()).search(queries, config.depth),
+    }
+    for name, ref in encoders.items():
+        model = load_encoder(weights_path(ctx, ref), ctx.settings.torch_device)
+        vectors = encode(model, [q.text for q in queries], prompt="query", bf16=True)
+        ids, _ = LanceIndex.open(ctx.open(indexes[name])).search(vectors, config.depth)
+        runs[name] = {q.query_id: row for q, row in zip(queries, ids, strict=True)}
+    for name, run in runs.items():
+        write_trec_run(run, ctx.out / f"{name}.trec", tag=name)
+    write_trec_qrels(qrels, ctx.out / "qrels.txt")
+    good = _goodrate_judge(ctx, config, judge, runs, queries, products)
+    levels, source = quality_scores(data)
+    rows = evaluate_runs(runs, qrels, data.query_by_id, products, good, levels, config.ks)
+    rows = [{**row, "quality_source": source} for row in rows]
+    last = next(r for r in rows if r["run"] == list(runs)[-1] and r["segment"] == "all")
+    return _publish(ctx, RETRIEVAL_TABLE, "retrieval", rows, last)
+
+
+def _goodrate_judge(
+    ctx: StageContext,
+    config: RetrievalEvalConfig,
+    judge: ArtifactRef,
+    runs: Mapping[str, Mapping[str, list[str]]],
+    queries: list[Any],
+    products: Mapping[str, Any],
+) -> Any:
+    """Good (grade 4 or 3 by the judge) or None beyond the top 10 of the queries it reads."""
+    import random
+
+    if config.judged_queries == 0:
+        return None
+    relevance = judge_relevance(ctx, judge)
+    count = min(config.judged_queries, len(queries))
+    chosen = random.Random(config.seed).sample(queries, count)
+    verdict: dict[tuple[str, str], bool] = {}
+    for done, query in enumerate(chosen):
+        ids = sorted({p for run in runs.values() for p in run.get(query.query_id, [])[:10]})
+        goods = relevance.is_good(query, [products[p] for p in ids])
+        verdict |= {(query.query_id, p): g for p, g in zip(ids, goods, strict=True)}
+        ctx.progress(done + 1, count, "judging the top 10")
+
+    def good(query: Any, found: Any) -> list[float]:
+        none = float("nan")
+        return [float(verdict.get((query.query_id, p.product_id), none)) for p in found]
+
+    return good
+
+
+def _publish(
+    ctx: StageContext, file: str, name: str, rows: list[dict[str, Any]], last: Mapping[str, Any]
+) -> dict[str, float]:
+    (ctx.out / file).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    ctx.table(name, rows)
+    return {f"{name}/{k}": float(v) for k, v in last.items() if isinstance(v, int | float)}
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_table(folder: Path, file: str) -> list[dict[str, Any]]:
+    """Rows of an evaluation artifact."""
+    rows: list[dict[str, Any]] = _read_json(folder / file)
+    return rows

@@ -1,0 +1,219 @@
+"""The judge's stages: CoT SFT -> pass@N -> DPO -> GRPO -> CumPT, and their test answers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.judge.config import (
+    DpoConfig,
+    GrpoConfig,
+    PassAtNConfig,
+    PromptConfig,
+    SftConfig,
+)
+from models.store import Store
+from tasks.artifacts import ArtifactRef
+from tasks.base import weights_path
+from tasks.stage import StageContext, stage
+
+
+class CalibrationConfig(BaseModel):
+    """CumPT threshold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_pairs: int = Field(400, ge=1)
+    """Validation pairs scored."""
+
+
+class AnswersConfig(BaseModel):
+    """What is asked of a judge on held-out pairs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_pairs: int = Field(400, ge=1)
+    """Test pairs scored from one prefill."""
+    reasoning_pairs: int = Field(64, ge=0)
+    """Of those, pairs whose reasoning is decoded too (greedy)."""
+    max_new_tokens: int = Field(64, ge=1)
+    seed: int = 0
+
+
+def _store(ctx: StageContext, ref: ArtifactRef) -> Store:
+    return Store.read(ctx.open(ref) / "store")
+
+
+@stage(name="judge_cot_sft", kind="judge", code_version="1")
+def judge_cot_sft(
+    ctx: StageContext, config: SftConfig, base: ArtifactRef, store: ArtifactRef, rules: str
+) -> Mapping[str, float]:
+    """CoT SFT on the teacher's responses [TaoSR1 s3.1]. rules: version of the rule base."""
+    from models.judge.cot_sft import train_cot_sft
+    from models.judge.scoring import write_judge_file
+
+    counts = train_cot_sft(
+        weights_path(ctx, base),
+        _store(ctx, store).pairs("train"),
+        config,
+        ctx.out,
+        ctx.scratch,
+        ctx.sink,
+        ctx.settings.torch_device,
+    )
+    write_judge_file(ctx.out, config.prompt, None)
+    return counts
+
+
+@stage(name="judge_pass_at_n", kind="judge", code_version="1")
+def judge_pass_at_n(
+    ctx: StageContext, config: PassAtNConfig, judge: ArtifactRef, store: ArtifactRef
+) -> Mapping[str, float]:
+    """Sample N responses a training pair and build preference pairs [TaoSR1 s3.2]."""
+    from models.judge.preferences import make_preferences
+
+    counts = make_preferences(
+        _open_judge(ctx, judge), _store(ctx, store).pairs("train"), config, ctx.out
+    )
+    ctx.table("pass-at-n", [dict(counts)])
+    return counts
+
+
+@stage(name="judge_dpo", kind="judge", code_version="1")
+def judge_dpo(
+    ctx: StageContext,
+    config: DpoConfig,
+    judge: ArtifactRef,
+    preferences: ArtifactRef,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """DPO on the judge's own mistakes [TaoSR1 s3.2]."""
+    from models.judge.dpo import train_dpo
+    from models.judge.preferences import read_preferences
+    from models.judge.scoring import read_judge_file, write_judge_file
+
+    folder, data = ctx.open(judge), _store(ctx, store)
+    prompt, _ = read_judge_file(folder)
+    counts = train_dpo(
+        str(folder),
+        prompt,
+        read_preferences(ctx.open(preferences)),
+        data.query_by_id,
+        data.product_by_id,
+        config,
+        ctx.out,
+        ctx.scratch,
+        ctx.sink,
+        ctx.settings.torch_device,
+    )
+    write_judge_file(ctx.out, prompt, None)
+    return counts
+
+
+@stage(name="judge_grpo", kind="judge", code_version="1")
+def judge_grpo(
+    ctx: StageContext, config: GrpoConfig, judge: ArtifactRef, store: ArtifactRef
+) -> Mapping[str, float]:
+    """GRPO with class-balanced, difficulty-based dynamic sampling [TaoSR1 s3.3]."""
+    import random
+
+    from models.judge.cot_sft import draw_pairs
+    from models.judge.grpo import train_grpo
+    from models.judge.pool import choose_pool
+    from models.judge.scoring import read_judge_file, write_judge_file
+
+    folder = ctx.open(judge)
+    prompt, _ = read_judge_file(folder)
+    pairs = _store(ctx, store).pairs("train")
+    rng = random.Random(config.optimiser.seed)
+    candidates = draw_pairs(pairs, config.pool.candidates, 1.0, rng)
+    scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in candidates], "RL pool")
+    pool, facts = choose_pool(candidates, scores.max(1), config.pool)
+    ctx.table("rl-pool", [facts])
+    counts = train_grpo(
+        str(folder),
+        prompt,
+        pool,
+        config,
+        ctx.out,
+        ctx.scratch,
+        ctx.sink,
+        ctx.settings.torch_device,
+    )
+    write_judge_file(ctx.out, prompt, None)
+    return facts | counts
+
+
+@stage(name="judge", kind="judge", code_version="1")
+def judge_calibrated(
+    ctx: StageContext, config: CalibrationConfig, judge: ArtifactRef, store: ArtifactRef
+) -> Mapping[str, float]:
+    """The finished judge: weights, prompt, and the CumPT threshold of validation [TaoSR1 s3.4]."""
+    import numpy as np
+
+    from models.judge.scoring import read_judge_file, write_judge_file
+    from models.evaluation.tiers import calibrate_beta
+
+    folder = ctx.open(judge)
+    pairs = _sample(_store(ctx, store).pairs("validation"), config.max_pairs, 0)
+    scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in pairs], "calibration")
+    beta, f1 = calibrate_beta(scores, np.array([p.grade for p in pairs]))
+    shutil.copytree(folder, ctx.out, dirs_exist_ok=True)
+    write_judge_file(ctx.out, read_judge_file(folder)[0], beta)
+    return {"beta_cum": beta, "validation/macro_f1": f1, "pairs": len(pairs)}
+
+
+@stage(name="judge_answers", kind="judge", code_version="1")
+def judge_answers(
+    ctx: StageContext,
+    config: AnswersConfig,
+    prompt: PromptConfig,
+    rules: str,
+    judge: ArtifactRef,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """One judge's probabilities and decoded reasoning on the frozen test pairs."""
+    import json
+
+    import numpy as np
+
+    from models.evaluation.judge import grade_metrics
+    from models.judge.answers import decode_greedy
+    from models.judge.scoring import ScoringJudge
+
+    pairs = _sample(_store(ctx, store).pairs("test"), config.max_pairs, config.seed)
+    model = ScoringJudge.open(weights_path(ctx, judge), prompt, ctx.settings.torch_device)
+    scores = model.score([(p.query, p.product) for p in pairs], "test pairs")
+    texts = decode_greedy(model, pairs[: config.reasoning_pairs], config.max_new_tokens)
+    rows: list[dict[str, Any]] = [
+        {
+            "query_id": p.query.query_id,
+            "product_id": p.product.product_id,
+            "grade": p.grade,
+            "p": [float(x) for x in row],
+        }
+        for p, row in zip(pairs, scores, strict=True)
+    ]
+    for row, (text, finished) in zip(rows, texts, strict=False):
+        row |= {"response": text, "finished": finished}
+    (ctx.out / "answers.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    gold = np.array([p.grade for p in pairs])
+    return grade_metrics(gold, scores.argmax(1) + 1)
+
+
+def _open_judge(ctx: StageContext, ref: ArtifactRef) -> Any:
+    from models.judge.scoring import ScoringJudge, read_judge_file
+
+    folder = ctx.open(ref)
+    prompt, _ = read_judge_file(folder)
+    return ScoringJudge.open(str(folder), prompt, ctx.settings.torch_device)
+
+
+def _sample(pairs: list[Any], count: int, seed: int) -> list[Any]:
+    """A fixed random sample, so that every judge answers the same pairs."""
+    import random
+
+    return pairs if len(pairs) <= count else random.Random(seed).sample(pairs, count)

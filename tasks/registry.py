@@ -1,0 +1,209 @@
+"""Registered models: which version is the candidate, which is the champion.
+
+Consumes ArtifactRefs -> produces MLflow model versions whose source is the artifact's folder, with
+the fingerprint as a tag. The same fingerprint is never registered twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from models.errors import ArtifactError, explain
+from tasks.artifacts import SHORT, TAG, ArtifactRef, ArtifactStore
+from tasks.settings import settings
+from tasks.stage import metric_name
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+METRIC_TAG = "metric."
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One version of a registered model."""
+
+    name: str
+    version: str
+    ref: ArtifactRef
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Numbers it was registered with; what a gate compares."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags given by the caller; relearn's own are left out."""
+    aliases: tuple[str, ...] = ()
+
+
+def register(
+    name: str,
+    ref: ArtifactRef,
+    metrics: Mapping[str, float] | None = None,
+    tags: Mapping[str, str] | None = None,
+    *,
+    store: ArtifactStore | None = None,
+) -> str:
+    """Make `ref` a version of model `name` with alias `candidate`; returns the version number.
+
+    The fingerprint's existing version is taken when its files are whole; its metrics and tags are
+    brought up to date. A version whose files are gone is replaced, and its aliases move with it.
+
+    Raises:
+        ArtifactError: the files of `ref` are gone.
+    """
+    store = store or _store()
+    found = store.find(ref.fingerprint)
+    if found.ref is None:
+        why = found.reason or "no finished run"
+        raise ArtifactError(explain(f"{ref.label}: {why}", "a whole artifact", "run it again"))
+    ref = found.ref
+    with FileLock(store.lock_file(f"registry-{name}")):
+        _ensure_model(store.client, name)
+        same = _versions_of(store.client, name, ref.fingerprint)
+        kept = next((v for v in same if v.source == ref.uri), None)
+        version = str(kept.version) if kept else _create(store.client, name, ref)
+        for key, value in _tags(metrics, tags).items():
+            store.client.set_model_version_tag(name, version, key, value)
+        for stale in same:
+            if str(stale.version) != version:
+                _replace(store.client, name, str(stale.version), version)
+        store.client.set_registered_model_alias(name, CANDIDATE, version)
+    return version
+
+
+def champion(name: str, *, store: ArtifactStore | None = None) -> Registered | None:
+    """The version with alias `champion`, None when there is none."""
+    return get(name, CHAMPION, store=store)
+
+
+def get(name: str, alias: str, *, store: ArtifactStore | None = None) -> Registered | None:
+    """The version of `name` with `alias` (or of that number), None when there is none."""
+    from mlflow.exceptions import MlflowException
+
+    store = store or _store()
+    try:
+        if alias.isdigit():
+            found = store.client.get_model_version(name, alias)
+        else:
+            found = store.client.get_model_version_by_alias(name, alias)
+    except MlflowException:
+        return None
+    return _registered(found, _aliases(store.client, name))
+
+
+def set_alias(name: str, alias: str, version: str, *, store: ArtifactStore | None = None) -> None:
+    """Point `alias` of model `name` at `version`.
+
+    Raises:
+        ArtifactError: no such version.
+    """
+    store = store or _store()
+    if get(name, version, store=store) is None:
+        have = ", ".join(r.version for r in versions(name, store=store)) or "none"
+        raise ArtifactError(explain(f"{name} version {version}", f"one of {have}", "choose one"))
+    store.client.set_registered_model_alias(name, alias, version)
+
+
+def first_champion_if_none(name: str, version: str, *, store: ArtifactStore | None = None) -> bool:
+    """Make `version` the champion when there is none; whether it was made so."""
+    store = store or _store()
+    with FileLock(store.lock_file(f"registry-{name}")):
+        if champion(name, store=store) is not None:
+            return False
+        set_alias(name, CHAMPION, version, store=store)
+    return True
+
+
+def versions(name: str, *, store: ArtifactStore | None = None) -> list[Registered]:
+    """Every version of `name`, newest first; empty when the model is not registered."""
+    store = store or _store()
+    aliases = _aliases(store.client, name)
+    found = store.client.search_model_versions(f"name = '{_quoted(name)}'")
+    ordered = sorted(found, key=lambda v: int(v.version), reverse=True)
+    return [_registered(v, aliases) for v in ordered if f"{TAG}fingerprint" in v.tags]
+
+
+def _store() -> ArtifactStore:
+    return ArtifactStore(settings())
+
+
+def _quoted(name: str) -> str:
+    if "'" in name:
+        raise ArtifactError(explain(f"the model name {name!r}", "one without quotes", "rename it"))
+    return name
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    if not client.search_registered_models(f"name = '{_quoted(name)}'", max_results=1):
+        client.create_registered_model(name, description="Made by relearn; see `relearn lineage`.")
+
+
+def _versions_of(client: MlflowClient, name: str, fingerprint: str) -> list[ModelVersion]:
+    found = client.search_model_versions(f"name = '{_quoted(name)}'")
+    return [v for v in found if v.tags.get(f"{TAG}fingerprint") == fingerprint]
+
+
+def _create(client: MlflowClient, name: str, ref: ArtifactRef) -> str:
+    own = {
+        f"{TAG}fingerprint": ref.fingerprint,
+        f"{TAG}kind": ref.kind,
+        f"{TAG}stage": ref.name,
+        f"{TAG}parents": " ".join(ref.parents),
+    }
+    made = client.create_model_version(
+        name, source=ref.uri, run_id=ref.run_id or None, tags=own, description=ref.label
+    )
+    return str(made.version)
+
+
+def _replace(client: MlflowClient, name: str, stale: str, version: str) -> None:
+    """Move the aliases of a version whose files are gone, then delete it."""
+    for alias, number in _aliases(client, name).items():
+        if number == stale:
+            client.set_registered_model_alias(name, alias, version)
+    client.delete_model_version(name, stale)
+
+
+def _tags(metrics: Mapping[str, float] | None, tags: Mapping[str, str] | None) -> dict[str, str]:
+    numbers = {
+        f"{METRIC_TAG}{metric_name(key)}": repr(float(value))
+        for key, value in (metrics or {}).items()
+    }
+    return numbers | dict(tags or {})
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    """Alias -> version number. Version searches do not fill aliases in; the model does."""
+    found = client.search_registered_models(f"name = '{_quoted(name)}'", max_results=1)
+    return {k: str(v) for k, v in found[0].aliases.items()} if found else {}
+
+
+def _registered(version: ModelVersion, aliases: Mapping[str, str]) -> Registered:
+    tags, number = dict(version.tags), str(version.version)
+    fingerprint = tags[f"{TAG}fingerprint"]
+    ref = ArtifactRef(
+        kind=tags[f"{TAG}kind"],
+        name=tags[f"{TAG}stage"],
+        version=fingerprint[:SHORT],
+        uri=version.source,
+        fingerprint=fingerprint,
+        parents=tuple(tags.get(f"{TAG}parents", "").split()),
+        run_id=version.run_id or "",
+    )
+    return Registered(
+        name=version.name,
+        version=number,
+        ref=ref,
+        metrics={
+            key.removeprefix(METRIC_TAG): float(value)
+            for key, value in tags.items()
+            if key.startswith(METRIC_TAG)
+        },
+        tags={k: v for k, v in tags.items() if not k.startswith((METRIC_TAG, TAG))},
+        aliases=tuple(sorted(a for a, v in aliases.items() if v == number)),
+    )

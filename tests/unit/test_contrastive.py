@@ -1,0 +1,277 @@
+"""The encoder and contrastive SFT, on a tiny random encoder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from models.embedder.contrastive import (
+    ContrastiveConfig,
+    ContrastiveLoss,
+    PairCollator,
+    positive_pairs,
+    train_contrastive,
+)
+from models.embedder.encoder import encode, load_encoder
+from models.embedder.tiny import build_tiny_encoder
+from models.errors import DataContractError, WeightsError
+from models.metrics import ListSink
+from models.schemas import TABLES
+from models.store import Store
+
+WORDS = {"sofa": "couch", "lamp": "light", "rug": "carpet", "mug": "cup", "hat": "cap"}
+COLOURS = ("red", "blue", "green", "grey")
+
+
+@pytest.fixture(scope="module")
+def store() -> Store:
+    """Queries use one word, products its synonym: nothing is shared but the colour."""
+    products = [
+        {"product_id": f"{c}-{w}", "title": f"{c} {s} item"}
+        for w, s in WORDS.items()
+        for c in COLOURS
+    ]
+    queries = [
+        {"query_id": f"q-{c}-{w}", "text": f"{c} {w}", "split": "test" if c == "grey" else "train"}
+        for w in WORDS
+        for c in COLOURS
+    ]
+    judgments = [
+        {"query_id": q["query_id"], "product_id": p["product_id"], "grade": grade(q, p)}
+        for q in queries
+        for p in products
+    ]
+    events = [("q-red-sofa", "red-lamp", "cart"), ("q-red-sofa", "blue-sofa", "click")]
+    interactions = [{"query_id": q, "product_id": p, "event": e} for q, p, e in events]
+    tables = {"products": products, "queries": queries, "judgments": judgments}
+    tables["interactions"] = interactions
+    return Store(
+        **{n: pa.Table.from_pylist(rows, schema=TABLES[n]) for n, rows in tables.items()}, notes={}
+    )
+
+
+def grade(query: dict[str, Any], product: dict[str, Any]) -> int:
+    colour, word = query["query_id"].removeprefix("q-").split("-")
+    same_word = product["product_id"].endswith(word)
+    return 1 + 2 * same_word + (same_word and product["product_id"].startswith(colour))
+
+
+@pytest.fixture(scope="module")
+def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    corpus = [f"{c} {w} {s} item" for w, s in WORDS.items() for c in COLOURS]
+    return build_tiny_encoder(tmp_path_factory.mktemp("encoder"), corpus, seed=1)
+
+
+def test_the_tiny_encoder_is_reproducible(encoder_dir: Path, tmp_path: Path) -> None:
+    corpus = [f"{c} {w} {s} item" for w, s in WORDS.items() for c in COLOURS]
+    twin = build_tiny_encoder(tmp_path / "twin", corpus, seed=1)
+    other = build_tiny_encoder(tmp_path / "other", corpus, seed=2)
+    texts = ["red sofa", "a"]
+    vectors = [encode(load_encoder(str(d)), texts) for d in (encoder_dir, twin, other)]
+    assert (vectors[0] == vectors[1]).all()
+    assert not np.allclose(vectors[0], vectors[2])
+
+
+def test_encode_keeps_order_and_unit_length(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    texts = ["red sofa", "x", "a much longer text about a green carpet item", "mug"]
+    vectors = encode(encoder, texts, batch_size=2)
+    alone = np.concatenate([encode(encoder, [t]) for t in texts])
+    assert np.allclose(vectors, alone, atol=1e-5)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    assert encode(encoder, []).shape == (0, 32)
+
+
+def test_bf16_stays_close(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    full, half = (encode(encoder, ["red sofa", "blue cup"], bf16=b) for b in (False, True))
+    assert (full * half).sum(1).min() > 0.999
+
+
+def test_prompts_of_the_model_are_used(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    plain = encode(encoder, ["red sofa"], prompt="query")
+    encoder.prompts["query"] = "blue cup: "
+    assert not np.allclose(plain, encode(encoder, ["red sofa"], prompt="query"), atol=1e-3)
+    assert np.allclose(plain, encode(encoder, ["red sofa"], prompt="document"), atol=1e-6)
+
+
+def test_missing_and_pickled_weights_are_refused(encoder_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="do this"):
+        load_encoder(str(tmp_path / "nothing"))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(encoder_dir, pickled)
+    weights = load_encoder(str(encoder_dir))[0].auto_model.state_dict()
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    with pytest.raises(WeightsError):
+        load_encoder(str(pickled))
+
+
+def test_positives_come_from_the_train_split_only(store: Store) -> None:
+    pairs = positive_pairs(store, ContrastiveConfig(min_grade=4))
+    assert len(pairs) == 5 * 3, "one excellent product a query, three train colours"
+    assert not any("grey" in p.query_id for p in pairs)
+    assert {p.weight for p in pairs} == {1.0}
+
+
+def test_grades_weigh_and_judged_pairs_overrule_events(store: Store) -> None:
+    pairs = {
+        (p.query_id, p.product_id): p.weight
+        for p in positive_pairs(store, ContrastiveConfig(min_grade=3))
+    }
+    assert pairs["q-red-sofa", "red-sofa"] == pytest.approx(1.0)
+    assert pairs["q-red-sofa", "blue-sofa"] == pytest.approx(2 / 3)
+    assert ("q-red-sofa", "red-lamp") not in pairs, "judged grade 1: a cart does not overrule it"
+
+
+def test_unjudged_carts_are_positives(store: Store) -> None:
+    keep = [row for row in store.judgments.to_pylist() if row["product_id"] != "red-lamp"]
+    bare = Store(
+        store.products,
+        store.queries,
+        pa.Table.from_pylist(keep, schema=TABLES["judgments"]),
+        store.interactions,
+        {},
+    )
+    found = {(p.query_id, p.product_id) for p in positive_pairs(bare, ContrastiveConfig())}
+    assert ("q-red-sofa", "red-lamp") in found
+    without = positive_pairs(bare, ContrastiveConfig(interactions=False))
+    assert ("q-red-sofa", "red-lamp") not in {(p.query_id, p.product_id) for p in without}
+
+
+def test_no_positives_is_one_clear_error(store: Store) -> None:
+    with pytest.raises(DataContractError, match="min_grade"):
+        positive_pairs(store, ContrastiveConfig(), split="validation")
+
+
+def test_collator_draws_and_masks(store: Store, encoder_dir: Path) -> None:
+    config = ContrastiveConfig(global_negatives=20, seed=3)
+    pairs = positive_pairs(store, config)
+    collator = PairCollator(load_encoder(str(encoder_dir)), store, pairs, config)
+    rows = [{"row": 0}, {"row": 1}, {"row": 7}]
+    batch = collator(rows)
+    assert batch["negative_input_ids"].shape[0] == 20
+    masked = batch["label"]["masked"]
+    assert masked.shape == (3, 3 + 20)
+    assert masked[:, 3:].sum(1).tolist() == [4, 4, 4], "the whole catalogue: 4 of grade >= 3 each"
+    assert not masked.diagonal().any()
+    again = collator(rows)
+    assert (again["negative_input_ids"] == batch["negative_input_ids"]).all()
+    other = PairCollator(collator.encoder, store, pairs, config.model_copy(update={"seed": 4}))
+    assert other._draw([0, 1, 7]) != collator._draw([0, 1, 7])
+
+
+def gradients(
+    encoder_dir: Path, store: Store, chunk: int | None, train: bool
+) -> list[torch.Tensor]:
+    encoder = load_encoder(str(encoder_dir)).train(train)
+    config = ContrastiveConfig(global_negatives=8)
+    collator = PairCollator(encoder, store, positive_pairs(store, config), config)
+    batch = collator([{"row": i} for i in range(6)])
+    columns = [
+        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(f"{c}_")}
+        for c in ("query", "positive", "negative")
+    ]
+    torch.manual_seed(0)
+    ContrastiveLoss(encoder, 0.05, chunk)(columns, batch["label"]).backward()
+    return [p.grad for p in encoder.parameters() if p.grad is not None]
+
+
+def test_cached_gradients_equal_the_full_batch(encoder_dir: Path, store: Store) -> None:
+    """Trap: cached contrastive losses once had silently wrong gradients."""
+    full = gradients(encoder_dir, store, None, train=False)
+    cached = gradients(encoder_dir, store, 2, train=False)
+    assert len(full) == len(cached) > 0
+    for a, b in zip(full, cached, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_cached_gradients_replay_dropout(encoder_dir: Path, store: Store) -> None:
+    one_chunk = gradients(encoder_dir, store, 100, train=True)
+    full = gradients(encoder_dir, store, None, train=True)
+    for a, b in zip(full, one_chunk, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_equal_to_the_loss_of_sentence_transformers(encoder_dir: Path) -> None:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    encoder = load_encoder(str(encoder_dir))
+    columns = [encoder.preprocess(t) for t in (["red sofa", "mug"], ["red couch", "grey cup"])]
+    theirs = MultipleNegativesRankingLoss(encoder, scale=20.0)([dict(c) for c in columns], None)
+    ours = ContrastiveLoss(encoder, tau=0.05)([dict(c) for c in columns], None)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+
+
+FAST = ContrastiveConfig(
+    steps=24, batch_size=8, global_negatives=4, lr=3e-3, bf16=False, save_every=8, seed=5
+)
+
+
+def test_training_learns_synonyms_of_unseen_queries(
+    store: Store, encoder_dir: Path, tmp_path: Path
+) -> None:
+    sink = ListSink()
+    config = FAST.model_copy(update={"steps": 60})
+    numbers = train_contrastive(
+        str(encoder_dir), store, config, tmp_path / "out", tmp_path / "scratch", sink
+    )
+    assert numbers["steps"] == 60 and numbers["pairs"] == 15
+    losses = sink.series("embedder/contrastive/loss")
+    assert losses[-1] < 0.5 * losses[0]
+    assert top1(tmp_path / "out", store) >= top1(encoder_dir, store) + 0.4
+    assert not list((tmp_path / "out").glob("**/*.bin"))
+
+
+def top1(folder: Path, store: Store) -> float:
+    """Share of test queries ("grey ...") whose first product is of the asked kind."""
+    encoder = load_encoder(str(folder))
+    ids, titles = (store.products[c].to_pylist() for c in ("product_id", "title"))
+    queries = store.query_ids("test")
+    texts = [store.query_by_id[q].text for q in queries]
+    best = (encode(encoder, texts, prompt="query") @ encode(encoder, titles).T).argmax(1)
+    return float(
+        np.mean(
+            [ids[b].split("-")[1] == q.split("-")[2] for b, q in zip(best, queries, strict=True)]
+        )
+    )
+
+
+def test_resumed_equals_straight(
+    store: Store, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(name: str, scratch: str) -> None:
+        train_contrastive(
+            str(encoder_dir), store, FAST, tmp_path / name, tmp_path / scratch, ListSink()
+        )
+
+    train("straight", "a")
+    calls = 0
+    original = ContrastiveLoss.forward
+
+    def dies_at_step_20(self: ContrastiveLoss, *args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(ContrastiveLoss, "forward", dies_at_step_20)
+    with pytest.raises(KeyboardInterrupt):
+        train("resumed", "b")
+    assert not (tmp_path / "resumed").exists()
+    monkeypatch.setattr(ContrastiveLoss, "forward", original)
+    train("resumed", "b")
+    texts = ["red sofa", "blue cup"]
+    straight, resumed = (
+        encode(load_encoder(str(tmp_path / n)), texts) for n in ("straight", "resumed")
+    )
+    assert np.allclose(straight, resumed, atol=1e-6)
+    assert not np.allclose(straight, encode(load_encoder(str(encoder_dir)), texts), atol=1e-2)

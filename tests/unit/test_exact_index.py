@@ -1,0 +1,52 @@
+"""The numpy oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.errors import ConfigError
+from models.index.exact import ExactIndex, recall_against, top_k
+
+
+def test_search_is_the_full_sort() -> None:
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.normal(size=(300, 16)), rng.normal(size=(5, 16))
+    index = ExactIndex([str(i) for i in range(300)], vectors)
+    ids, scores = index.search(queries, 7)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ unit.T
+    for row, (found, score) in enumerate(zip(ids, scores, strict=True)):
+        order = np.argsort(-cosines[row])[:7]
+        assert found == [str(i) for i in order]
+        assert score == pytest.approx(cosines[row][order].tolist(), abs=1e-6)
+
+
+def test_blocks_of_queries_change_nothing() -> None:
+    rng = np.random.default_rng(1)
+    index = ExactIndex([str(i) for i in range(50)], rng.normal(size=(50, 4)))
+    queries = rng.normal(size=(9, 4)).astype(np.float32)
+    assert (index.rows(queries, 5, block=2) == index.rows(queries, 5)).all()
+
+
+def test_ties_go_to_the_earlier_product() -> None:
+    assert top_k(np.array([[0.5, 0.7, 0.7, 0.5]]), 3).tolist() == [[1, 2, 0]]
+
+
+def test_asking_for_more_than_there_is() -> None:
+    ids, _ = ExactIndex(["a", "b"], np.eye(2)).search(np.array([[0.0, 2.0]]), 5)
+    assert ids == [["b", "a"]]
+
+
+def test_a_filter_is_refused_not_ignored() -> None:
+    with pytest.raises(ConfigError, match="LanceIndex"):
+        ExactIndex(["a"], np.eye(1)).search(np.eye(1), 1, where="price < 3")
+
+
+def test_ids_and_vectors_must_match() -> None:
+    with pytest.raises(ConfigError):
+        ExactIndex(["a"], np.eye(2))
+
+
+def test_recall_against_counts_what_was_found() -> None:
+    assert recall_against([["b", "a"], ["c"]], [["a", "b"], ["c", "d"]]) == (2 / 2 + 1 / 2) / 2

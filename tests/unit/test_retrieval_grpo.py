@@ -1,0 +1,389 @@
+"""Retrieval-GRPO: its gradient, its loss module, its watch, and what it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from models.embedder import retrieval_run
+from models.embedder.candidates import CandidatePool, batch_pool, sample_pool
+from models.embedder.config import RetrievalGRPOConfig
+from models.embedder.encoder import encode, load_encoder
+from models.embedder.retrieval_grpo import (
+    GroupLoss,
+    RetrievalGRPOLoss,
+    retrieval_grpo,
+    train_retrieval_grpo,
+)
+from models.embedder.retrieval_run import Watch, acceptable, collapse
+from models.embedder.tiny import build_tiny_encoder
+from models.errors import ConfigError, DataContractError, DivergenceError
+from models.metrics import ListSink
+from models.rewards.quality import Quality
+from models.schemas import TABLES
+from models.store import Store
+from models.types import Product
+
+KINDS = ("sofa", "lamp", "rug", "mug", "hat", "desk")
+MAKERS = ("acme", "zed", "bolt", "fern", "grit", "halo")
+TAU = 0.05
+
+
+@pytest.fixture(scope="module")
+def store() -> Store:
+    """Six makers of six kinds; makers late in the alphabet sell more."""
+    products = [
+        {"product_id": f"{m}-{k}", "title": f"{m} {k}", "sales": float(i)}
+        for i, m in enumerate(MAKERS)
+        for k in KINDS
+    ]
+    queries = [
+        {"query_id": f"q{n}-{k}", "text": f"{k} {word}", "split": split}
+        for n, (word, split) in enumerate(
+            [("new", "train"), ("good", "train"), ("cheap", "validation"), ("big", "test")]
+        )
+        for k in KINDS
+    ]
+    judgments = [
+        {"query_id": q["query_id"], "product_id": p["product_id"], "grade": 4 if same(q, p) else 1}
+        for q in queries
+        for p in products
+    ]
+    rows = {"products": products, "queries": queries, "judgments": judgments, "interactions": []}
+    tables = {n: pa.Table.from_pylist(r, schema=TABLES[n]) for n, r in rows.items()}
+    return Store(**tables, notes={})
+
+
+def same(query: dict[str, Any], product: dict[str, Any]) -> bool:
+    return query["query_id"].split("-")[1] == product["product_id"].split("-")[1]
+
+
+@pytest.fixture(scope="module")
+def encoder_dir(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    corpus = store.products["title"].to_pylist() + store.queries["text"].to_pylist()
+    return build_tiny_encoder(tmp_path_factory.mktemp("encoder"), corpus, seed=1)
+
+
+@pytest.fixture(scope="module")
+def quality(store: Store) -> Quality:
+    levels = {p: MAKERS.index(p.split("-")[0]) / 5 for p in store.product_by_id}
+    return Quality(levels)
+
+
+FAST = RetrievalGRPOConfig(
+    steps=12,
+    batch_queries=6,
+    k=8,
+    refresh_every=4,
+    sft_batch=8,
+    lr=1e-3,
+    warmup_steps=0,
+    bf16=False,
+    recall_k=6,
+)
+
+
+def scores_and_rewards(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.manual_seed(seed)
+    return torch.rand(3, 5, generator=g).requires_grad_(), torch.rand(3, 5, generator=g)
+
+
+def test_gradient_at_rho_one_is_the_policy_gradient() -> None:
+    """grad J = 1/(K tau) sum_i A_i grad s_i, averaged over the queries [TaoSearchEmb s3.2]."""
+    scores, rewards = scores_and_rewards()
+    retrieval_grpo(scores, rewards, scores.detach(), tau=TAU, beta=0.0).loss.backward()
+    centred = rewards - rewards.mean(1, keepdim=True)
+    advantages = centred / rewards.std(1, correction=0, keepdim=True)
+    assert torch.allclose(-scores.grad, advantages / (3 * 5 * TAU), atol=1e-5)
+
+
+def test_kl_vanishes_at_the_reference_and_pulls_back_elsewhere() -> None:
+    scores, rewards = scores_and_rewards()
+    at_ref = retrieval_grpo(scores, rewards, scores.detach(), tau=TAU, beta=5.0)
+    assert at_ref.metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    ref = scores.detach().flip(1)
+    flat = torch.zeros(3, 5)
+    flat[:, 0] = 1.0
+    strong = retrieval_grpo(scores, flat, ref, tau=1.0, beta=1e6)
+    strong.loss.backward()
+    stepped = scores.detach() - 1e-6 * scores.grad
+    closer = retrieval_grpo(stepped, flat, ref, tau=1.0, beta=1e6).metrics["kl"]
+    assert closer < strong.metrics["kl"]
+
+
+def test_groups_of_equal_rewards_are_skipped_and_counted() -> None:
+    scores, rewards = scores_and_rewards()
+    rewards[1] = 0.3
+    out = retrieval_grpo(scores, rewards, scores.detach().flip(1), tau=TAU)
+    out.loss.backward()
+    assert out.metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert scores.grad[1].abs().max() == 0
+    assert scores.grad[0].abs().max() > 0
+    rewards[:] = 0.3
+    scores.grad = None
+    nothing = retrieval_grpo(scores, rewards, scores.detach().flip(1), tau=TAU)
+    nothing.loss.backward()
+    assert nothing.loss.item() == 0 and scores.grad.abs().max() == 0
+
+
+def test_skipped_groups_do_not_dilute_the_others() -> None:
+    scores, rewards = scores_and_rewards()
+    rewards[1:] = 0.3
+    retrieval_grpo(scores, rewards, scores.detach(), tau=TAU, beta=0.0).loss.backward()
+    alone = scores.detach()[:1].requires_grad_()
+    retrieval_grpo(alone, rewards[:1], alone.detach(), tau=TAU, beta=0.0).loss.backward()
+    assert torch.allclose(scores.grad[:1], alone.grad)
+
+
+def test_positive_advantages_only() -> None:
+    scores = torch.zeros(1, 4, requires_grad=True)
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    retrieval_grpo(
+        scores, rewards, scores.detach(), tau=1.0, beta=0.0, advantage="positive"
+    ).loss.backward()
+    top = (1 - 0.25) / np.sqrt(0.25 * 0.75)  # its advantage
+    expected = top / 4 * (torch.tensor([1.0, 0, 0, 0]) - 0.25)
+    assert torch.allclose(-scores.grad[0], expected.float(), atol=1e-6)
+
+
+def test_a_step_taken_already_is_clipped() -> None:
+    scores = torch.tensor([[0.5, 0.0, 0.0]], requires_grad=True)
+    rewards = torch.tensor([[1.0, 0.0, 0.0]])
+    old = torch.zeros(1, 3)
+    out = retrieval_grpo(scores, rewards, old, old, tau=0.1, beta=0.0)
+    out.loss.backward()
+    assert out.metrics["clip_ratio"] == pytest.approx(1.0)
+    assert scores.grad.abs().max() == 0
+
+
+def dataset_batch(encoder: Any) -> list[dict[str, torch.Tensor]]:
+    columns = [["sofa new", "lamp new"], ["acme sofa", "acme lamp"], ["zed rug", "zed lamp"]]
+    return [dict(encoder.preprocess(texts)) for texts in columns]
+
+
+def test_loss_module_equals_the_function(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    loss = RetrievalGRPOLoss(encoder, tau=TAU, beta=0.3)
+    rewards = torch.tensor([[1.0, 0.0], [0.2, 0.9]])
+    got = loss(dataset_batch(encoder), rewards)
+    assert loss.last_metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    q, a, b = (
+        torch.from_numpy(encode(encoder, t))
+        for t in (["sofa new", "lamp new"], ["acme sofa", "acme lamp"], ["zed rug", "zed lamp"])
+    )
+    scores = torch.stack([(q * a).sum(1), (q * b).sum(1)], 1)
+    assert got.item() == pytest.approx(
+        retrieval_grpo(scores, rewards, scores, tau=TAU, beta=0.3).loss.item(), abs=1e-5
+    )
+    assert len(list(loss.parameters())) == len(list(encoder.parameters())), "reference not trained"
+
+
+def test_query_tower_keeps_the_gradient_off_the_products(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    rewards = torch.tensor([[1.0, 0.0], [0.2, 0.9]])
+    words = encoder[0].auto_model.embeddings.word_embeddings.weight
+    token = encoder.tokenizer.convert_tokens_to_ids("zed")
+    for towers, touched in (("both", True), ("query", False)):
+        encoder.zero_grad()
+        RetrievalGRPOLoss(encoder, towers=towers)(dataset_batch(encoder), rewards).backward()
+        assert bool(words.grad[token].abs().max() > 0) is touched
+
+
+def test_loss_module_refuses_labels_of_another_shape(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    with pytest.raises(ConfigError, match="candidate column"):
+        RetrievalGRPOLoss(encoder)(dataset_batch(encoder), torch.ones(2))
+
+
+def test_loss_module_trains_in_the_library_trainer(encoder_dir: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    encoder = load_encoder(str(encoder_dir))
+    rows = {
+        "query": [f"{k} new" for k in KINDS],
+        "candidate_1": [f"zed {k}" for k in KINDS],
+        "candidate_2": [f"acme {k}" for k in KINDS],
+        "label": [[1.0, 0.0] for _ in KINDS],
+    }
+
+    def margin() -> float:
+        q, good, bad = (encode(encoder, rows[c]) for c in ("query", "candidate_1", "candidate_2"))
+        return float((q * (good - bad)).sum(1).mean())
+
+    before = margin()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=10,
+        per_device_train_batch_size=6,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    SentenceTransformerTrainer(
+        encoder, arguments, Dataset.from_dict(rows), loss=RetrievalGRPOLoss(encoder, beta=0.0)
+    ).train()
+    assert margin() > before + 0.05
+
+
+def test_pool_and_batch_candidates(encoder_dir: Path) -> None:
+    assert sample_pool(list("abcdef"), ["f", "b"], 3, seed=0)[-1] == "f"
+    assert len(sample_pool(list("abcdef"), ["f", "b"], 3, seed=0)) == 3
+    assert sample_pool(list("ab"), [], None, seed=0) == ["a", "b"]
+    got = batch_pool([10, 20, 30], np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), 2)
+    assert got.tolist() == [[20, 30], [10, 20]]
+    with pytest.raises(ConfigError, match="enlarge"):
+        batch_pool([1], np.ones((1, 1)), 2)
+    pool = CandidatePool([Product("a", "acme sofa"), Product("b", "zed rug")])
+    encoder = load_encoder(str(encoder_dir))
+    pool.refresh(encoder, "")
+    assert pool.top_k(encode(encoder, ["sofa"]), 1).tolist() == [[0]]
+    with pytest.raises(ConfigError, match="lower k"):
+        pool.top_k(encode(encoder, ["sofa"]), 3)
+
+
+def watch(recall: float = 0.8, spread: float = 0.5, **terms: float) -> Watch:
+    return Watch(1, recall, 1.0, spread, terms)
+
+
+def test_an_encoder_is_chosen_only_if_nothing_guarded_fell() -> None:
+    start, config = watch(relevance=0.5, quality=0.5, exclusivity=0.5), RetrievalGRPOConfig()
+    assert acceptable(watch(relevance=0.5, quality=0.6, exclusivity=0.1), start, config)
+    assert not acceptable(watch(relevance=0.49, quality=0.9, exclusivity=0.9), start, config)
+    assert not acceptable(watch(0.79, relevance=0.9, quality=0.9, exclusivity=0.9), start, config)
+
+
+def test_collapse_is_named() -> None:
+    config = RetrievalGRPOConfig()
+    assert collapse(watch(), watch(), config) is None
+    assert "spread" in (collapse(watch(spread=0.05), watch(), config) or "")
+    assert "recall" in (collapse(watch(recall=0.3), watch(), config) or "")
+
+
+def test_quality_rises_and_recall_holds(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    sink = ListSink()
+    config = FAST.model_copy(update={"steps": 24})
+    numbers = train_retrieval_grpo(
+        str(encoder_dir), store, [quality], config, tmp_path / "out", tmp_path / "s", sink
+    )
+    assert numbers["best_val_recall"] >= numbers["start_val_recall"]
+    assert numbers["best_val_reward/quality"] > numbers["start_val_reward/quality"] + 0.02
+    assert numbers["steps"] == 24
+    names = (
+        "reward_mean reward/quality reward_std frac_reward_zero_std kl clip_ratio entropy sft_loss"
+    )
+    for name in names.split():
+        assert len(sink.series(f"embedder/rgrpo/{name}")) == 24, name
+    assert len(sink.series("embedder/rgrpo/val_recall")) == 1 + 24 // 4
+    assert sink.series("embedder/rgrpo/kl")[0] == pytest.approx(0.0, abs=1e-4)
+    load_encoder(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"towers": "query"},
+        {"pool": "batch"},
+        {"advantage": "positive"},
+        {"inner_steps": 3},
+        {"sft_weight": 0.0},
+        {"pool_size": 36, "max_queries": 3},
+    ],
+)
+def test_every_switch_runs(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    sink = ListSink()
+    config = FAST.model_copy(update={"steps": 7, "lr": 1e-4, **change})
+    numbers = train_retrieval_grpo(
+        str(encoder_dir), store, [quality], config, tmp_path / "out", tmp_path / "s", sink
+    )
+    assert numbers["steps"] == 7
+    assert len(sink.series("embedder/rgrpo/loss")) == 7
+    assert np.isfinite(sink.series("embedder/rgrpo/loss")).all()
+
+
+def test_resumed_equals_straight(
+    store: Store,
+    encoder_dir: Path,
+    quality: Quality,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(name: str) -> None:
+        folder, scratch = tmp_path / name, tmp_path / f"{name}-scratch"
+        train_retrieval_grpo(str(encoder_dir), store, [quality], FAST, folder, scratch, ListSink())
+
+    train("straight")
+    original, calls = retrieval_run.retrieval_grpo, 0
+
+    def dies_at_step_7(*args: Any, **kwargs: Any) -> GroupLoss:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(retrieval_run, "retrieval_grpo", dies_at_step_7)
+    with pytest.raises(KeyboardInterrupt):
+        train("resumed")
+    assert not (tmp_path / "resumed").exists()
+    monkeypatch.setattr(retrieval_run, "retrieval_grpo", original)
+    train("resumed")
+    straight, resumed = (
+        encode(load_encoder(str(tmp_path / f"{n}-scratch" / "step-12")), ["sofa new"])
+        for n in ("straight", "resumed")
+    )
+    assert np.allclose(straight, resumed, atol=1e-6)
+
+
+def test_a_collapsing_run_stops_and_keeps_the_last_good_encoder(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    wild = FAST.model_copy(update={"lr": 10.0, "sft_weight": 0.0, "beta": 0.0, "steps": 40})
+    with pytest.raises(DivergenceError, match="do this"):
+        train_retrieval_grpo(
+            str(encoder_dir), store, [quality], wild, tmp_path / "out", tmp_path / "s", ListSink()
+        )
+    texts = ["sofa new", "acme rug"]
+    kept, start = (encode(load_encoder(str(d)), texts) for d in (tmp_path / "out", encoder_dir))
+    assert np.allclose(kept, start, atol=1e-6)
+
+
+def test_a_store_without_validation_judgments_is_refused(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    train_only = Store(
+        store.products,
+        store.queries.filter(pa.compute.equal(store.queries["split"], "train")),
+        store.judgments,
+        store.interactions,
+        {},
+    )
+    with pytest.raises(DataContractError, match="validation"):
+        train_retrieval_grpo(
+            str(encoder_dir),
+            train_only,
+            [quality],
+            FAST,
+            tmp_path / "o",
+            tmp_path / "s",
+            ListSink(),
+        )
+
+
+def test_config_rejects_unknown_keys() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        RetrievalGRPOConfig(temperature=1.0)  # type: ignore[call-arg]

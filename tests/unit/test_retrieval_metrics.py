@@ -1,0 +1,172 @@
+"""Retrieval metrics as arithmetic, and against ir_measures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import DataContractError
+from models.evaluation import retrieval as m
+from models.evaluation.lexical import Bm25, random_run
+from models.types import Product, Query
+
+GRADES = {"a": 4, "b": 3, "c": 2, "d": 1, "e": 4}
+
+
+def test_counts_as_arithmetic() -> None:
+    ranking = ["x", "a", "d", "b"]
+    assert m.recall(ranking, GRADES, 4) == 2 / 3
+    assert m.precision(ranking, GRADES, 4) == 2 / 4
+    assert m.judged(ranking, GRADES, 4) == 3 / 4
+    assert m.mrr(ranking, GRADES) == 1 / 2
+    assert m.mrr(ranking, GRADES, k=1) == 0
+    assert m.recall([], GRADES, 10) == 0
+
+
+def test_ndcg_as_arithmetic_over_all_judged_documents() -> None:
+    """Trap: an IDCG of the retrieved documents only would be 1 here."""
+    dcg = 3 / math.log2(2)
+    idcg = 7 / math.log2(2) + 7 / math.log2(3) + 3 / math.log2(4) + 1 / math.log2(5)
+    assert m.ndcg(["b"], GRADES, 10) == pytest.approx(dcg / idcg)
+    assert m.ndcg(["a", "e", "b", "c", "d"], GRADES, 10) == pytest.approx(1.0)
+
+
+def test_repeating_a_product_wins_nothing() -> None:
+    assert m.ndcg(["a", "a", "a"], GRADES, 10) == m.ndcg(["a"], GRADES, 10)
+    assert m.ndcg(["a", "a", "e"], {"a": 4, "e": 4}, 10) <= 1.0
+    assert m.recall(["a", "a", "e"], GRADES, 2) == 2 / 3
+
+
+def test_the_two_esci_gain_tables_differ() -> None:
+    grades = {"s": 3, "c": 2, "e": 4}
+    ranking = ["s"]
+    paper, code = (
+        m.ndcg(ranking, grades, 10, m.GAIN_TABLES[n]) for n in ("esci_paper", "esci_code")
+    )
+    assert paper == pytest.approx(10 * code)
+
+
+def test_queries_without_relevant_products_have_no_recall() -> None:
+    assert math.isnan(m.recall(["d"], {"d": 1}, 5))
+    assert math.isnan(m.mrr(["d"], {"d": 1}))
+    assert math.isnan(m.ndcg(["d"], {"d": 1}))
+
+
+def test_hitrate_pools_pairs_where_recall_averages_queries() -> None:
+    qrels = {"q": {"a": 4}, "r": {"b": 4, "c": 3, "d": 3}}
+    run = {"q": ["a"], "r": ["b"]}
+    assert m.hitrate(run, qrels, 10) == 2 / 4
+    rows = m.evaluate_runs({"run": run}, qrels, {i: Query(i, "x") for i in "qr"}, {}, ks=(10,))
+    assert rows[0]["recall@10"] == pytest.approx((1 + 1 / 3) / 2)
+    assert rows[0]["hitrate@10"] == 2 / 4
+
+
+def test_segments_split_the_queries_and_all_comes_first() -> None:
+    queries = {"q": Query("q", "x", "general"), "r": Query("r", "y", "negation")}
+    qrels = {
+        "q": {"a": 4},
+        "r": {"a": 4},
+    }
+    rows = m.evaluate_runs({"run": {"q": ["a"]}}, qrels, queries, {}, ks=(10,))
+    table = {row["segment"]: row for row in rows}
+    assert list(table) == ["all", "general", "negation"]
+    assert (table["all"]["recall@10"], table["general"]["recall@10"]) == (0.5, 1.0)
+    assert table["negation"]["recall@10"] == 0.0, "a query the run lacks found nothing"
+    assert table["all"]["n"] == 2
+
+
+def test_judge_quality_and_channel_columns() -> None:
+    products = {p: Product(p, t) for p, t in {"a": "red shoe", "b": "blue hat"}.items()}
+    queries, qrels = {"q": Query("q", "red shoe")}, {"q": {"a": 4}}
+    rows = m.evaluate_runs(
+        {"bm25": {"q": ["a"]}, "dense": {"q": ["b", "a"]}},
+        qrels,
+        queries,
+        products,
+        judge_good=lambda query, shown: [p.product_id == "a" for p in shown],
+        quality={"a": 0.25, "b": 0.75},
+        ks=(10,),
+    )
+    dense = next(r for r in rows if r["run"] == "dense" and r["segment"] == "all")
+    assert dense["goodrate@10"] == 1 / 2
+    assert dense["quality@10"] == (0.75 + 0.25) / 2
+    assert dense["lexical_overlap@10"] == (0 + 1) / 2
+    assert dense["bm25_overlap@10"] == 1 / 2
+
+
+def test_unknown_queries_are_refused() -> None:
+    with pytest.raises(DataContractError, match="unknown"):
+        m.evaluate_runs({"run": {}}, {"q": {"a": 4}}, {}, {})
+
+
+def random_case(seed: int) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
+    rng = np.random.default_rng(seed)
+    docs = [f"d{i}" for i in range(60)]
+    qrels = {
+        f"q{q}": {d: int(rng.integers(1, 5)) for d in rng.choice(docs, 25, replace=False)}
+        for q in range(12)
+    }
+    run = {q: [str(d) for d in rng.permutation(docs)[:40]] for q in qrels}
+    return run, qrels
+
+
+def test_equal_to_ir_measures(tmp_path: Path) -> None:
+    ir = pytest.importorskip("ir_measures")
+    run, qrels = random_case(0)
+    m.write_trec_run(run, tmp_path / "run.txt")
+    m.write_trec_qrels(qrels, tmp_path / "qrels.txt")
+    measures = {
+        "p": ir.P(rel=2) @ 10,
+        "rr": ir.RR(rel=2) @ 10,
+        "r": ir.R(rel=2) @ 20,
+        "linear": ir.nDCG @ 10,
+        "exponential": ir.nDCG(gains={0: 0, 1: 1, 2: 3, 3: 7}) @ 10,
+    }
+    theirs: dict[str, dict[str, float]] = {}
+    read = list(ir.read_trec_qrels(str(tmp_path / "qrels.txt")))
+    found = list(ir.read_trec_run(str(tmp_path / "run.txt")))
+    for metric in ir.iter_calc(list(measures.values()), read, found):
+        name = next(n for n, measure in measures.items() if measure == metric.measure)
+        theirs.setdefault(name, {})[metric.query_id] = metric.value
+    for q, grades in qrels.items():
+        ours = {
+            "p": m.precision(run[q], grades, 10),
+            "rr": m.mrr(run[q], grades, 10),
+            "r": m.recall(run[q], grades, 20),
+            "linear": m.ndcg(run[q], grades, 10, m.LINEAR),
+            "exponential": m.ndcg(run[q], grades, 10, m.EXPONENTIAL),
+        }
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name][q], abs=1e-9), (name, q)
+
+
+def test_trec_run_round_trip(tmp_path: Path) -> None:
+    run, _ = random_case(1)
+    m.write_trec_run(run, tmp_path / "run.txt")
+    assert m.read_trec_run(tmp_path / "run.txt") == run
+    (tmp_path / "bad.txt").write_text("q Q0 d 1\n")
+    with pytest.raises(DataContractError, match="line 1"):
+        m.read_trec_run(tmp_path / "bad.txt")
+
+
+def test_bm25_finds_rare_terms_first_and_never_strangers() -> None:
+    products = [Product("1", "red shoe"), Product("2", "red hat"), Product("3", "zebra mask")]
+    found = Bm25(products).search(
+        [Query("a", "red zebras"), Query("b", "hats"), Query("c", "the"), Query("d", "piano")], 10
+    )
+    assert found["a"][0] == "3"
+    assert set(found["a"]) == {"1", "2", "3"}
+    assert found["b"] == ["2"]
+    assert found["c"] == found["d"] == []
+
+
+def test_random_run_is_seeded_and_has_no_repeats() -> None:
+    queries = [Query(f"q{i}", "x") for i in range(5)]
+    ids = [str(i) for i in range(30)]
+    run = random_run(queries, ids, 10, seed=4)
+    assert run == random_run(queries, ids, 10, seed=4)
+    assert all(len(set(r)) == 10 for r in run.values())
+    assert len({tuple(r) for r in run.values()}) > 1
