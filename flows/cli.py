@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Keep an e-commerce site's search relevance fresh: a thinking judge, and a retriever "
     "taught by it.\n\nStart with `relearn run`; everything it makes lies under --home.",
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 Home = Annotated[
     Path | None,

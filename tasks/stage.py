@@ -353,7 +353,9 @@ class Stage:
     def __call__(self, **inputs: Any) -> ArtifactRef:
         """Run as a Prefect task; the state is `Cached` when the artifact was there."""
         self._bind(inputs)
-        return self.task(**inputs)
+        made = self.task(**inputs)
+        # a task that returns a state hands back that state, not what it holds
+        return made if isinstance(made, ArtifactRef) else made.result()
 
     def submit(self, **inputs: Any) -> PrefectFuture[ArtifactRef]:
         """Run as a Prefect task on the flow's task runner."""

@@ -77,8 +77,8 @@ class RetrievalGRPOConfig(BaseModel):
     clip_high: float = Field(default=0.2, ge=0)
     beta: float = Field(default=0.1, ge=0)
     """Weight of the KL to the SFT encoder."""
-    sft_weight: float = Field(default=0.5, ge=0)
-    """Weight of the InfoNCE anchor; 0 turns it off."""
+    sft_weight: float = Field(default=1.0, ge=0)
+    """Weight of the InfoNCE anchor; 0 turns it off. It holds recall: see infra/LOG.md."""
     sft_batch: int = Field(default=16, ge=2)
     """Pairs of the anchor, a step."""
     min_grade: int = Field(default=4, ge=2, le=4)
@@ -99,6 +99,9 @@ class RetrievalGRPOConfig(BaseModel):
     """Cut-off of the watched recall and reward."""
     max_recall_loss: float = Field(default=0.0, ge=0)
     """Recall an encoder may lose against the start and still be chosen, absolute."""
+    recall_noise: float = Field(default=1.0, ge=0)
+    """Standard errors of the paired recall difference that count as noise, on top of that; 0 is
+    strict, and on a few dozen validation queries refuses encoders that are better on test."""
     collapse_recall: float = Field(default=0.5, ge=0, le=1)
     """The run stops when recall falls below this share of the start."""
     collapse_spread: float = Field(default=0.2, ge=0, le=1)

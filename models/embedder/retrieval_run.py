@@ -41,7 +41,8 @@ class Watch:
     """What one look at the validation split says.
 
     val_recall: mean share of the relevant products in the Top-k. val_reward: mean weighted reward
-    of the Top-k. spread: 1 - |mean vector|^2 of the pool, 0 when all products coincide.
+    of the Top-k. spread: 1 - |mean vector|^2 of the pool, 0 when all products coincide. recalls:
+    the recall of each query, in the order of the run.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Watch:
     val_reward: float
     spread: float
     terms: Mapping[str, float]
+    recalls: Sequence[float] = ()
 
     def numbers(self) -> dict[str, float]:
         """Flat, for a sink."""
@@ -58,10 +60,17 @@ class Watch:
 
 
 def acceptable(watch: Watch, start: Watch, config: RetrievalGRPOConfig) -> bool:
-    """Whether an encoder may be chosen: recall held, and no guarded reward fell."""
-    held = watch.val_recall >= start.val_recall - config.max_recall_loss - 1e-9
+    """Whether an encoder may be chosen: recall held within noise, and no guarded reward fell."""
+    allowed = config.max_recall_loss + config.recall_noise * standard_error(watch, start)
+    held = watch.val_recall >= start.val_recall - allowed - 1e-9
     guarded = (name for name in config.guard if name in start.terms)
     return held and all(watch.terms[n] >= start.terms[n] - 1e-9 for n in guarded)
+
+
+def standard_error(watch: Watch, start: Watch) -> float:
+    """Of the mean paired recall difference: std(r - r0) / sqrt(n); 0 below two queries."""
+    delta = np.asarray(watch.recalls) - np.asarray(start.recalls)
+    return float(delta.std(ddof=1) / math.sqrt(len(delta))) if len(delta) > 1 else 0.0
 
 
 def collapse(watch: Watch, start: Watch, config: RetrievalGRPOConfig) -> str | None:
@@ -355,6 +364,7 @@ class Run:
             val_reward=float(total.mean()),
             spread=float(1.0 - centre_D @ centre_D),
             terms={name: float(values.mean()) for name, values in terms.items()},
+            recalls=recalls,
         )
 
     def _log_first(

@@ -9,6 +9,7 @@ Shapes: N products, Q queries, D dim, k results. Distances are cosine; scores ar
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -136,6 +137,15 @@ class LanceIndex:
         scores = rows["_relevance_score"].to_pylist()
         return list(zip(rows["product_id"].to_pylist(), scores, strict=True))[:k]
 
+    def products(self, ids: Sequence[str]) -> dict[str, Product]:
+        """The stored products behind `ids`, by id; unknown ids are left out."""
+        if not ids:
+            return {}
+        listed = ", ".join("'" + i.replace("'", "''") + "'" for i in ids)
+        columns = ["product_id", "title", "brand", "category", "price"]
+        query = self.table.search().where(f"product_id IN ({listed})").select(columns)
+        return {row["product_id"]: Product(**row) for row in query.limit(len(ids)).to_list()}
+
     def vectors(self) -> tuple[list[str], np.ndarray]:
         """All product ids [N] and vectors [N, D], in catalogue order."""
         rows = self.table.search().select(["product_id", "row", "vector"]).limit(None).to_arrow()
@@ -201,7 +211,8 @@ def build_index(
     stream = _Stream(encode, items, config, total)
     out.mkdir(parents=True, exist_ok=True)
     connection = lancedb.connect(str(out), read_consistency_interval=timedelta(0))
-    table = connection.create_table(TABLE, data=stream.reader(), mode="overwrite")
+    shutil.rmtree(out / f"{TABLE}.lance", ignore_errors=True)
+    table = connection.create_table(TABLE, data=stream.reader())
     started = time.perf_counter()
     kind = resolve_kind(config.kind, table.count_rows())
     _index_vectors(table, kind)

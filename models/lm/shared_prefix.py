@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+PASS_TOKENS = 48
+"""What one more forward pass costs, in tokens: below it a level is not worth its own pass."""
+
 Segment = tuple[int, ...]
 Path = tuple[Segment, ...]
 
@@ -46,6 +49,8 @@ class PromptTree:
 
     levels: tuple[Level, ...]
     leaf_P: torch.Tensor
+    tail_N: torch.Tensor
+    """Tokens of the paths' own last segment at the end of each leaf (the response, in training)."""
 
     @property
     def num_tokens(self) -> int:
@@ -58,31 +63,63 @@ class PromptTree:
             Level(x.ids_NT.to(device), x.mask_NT.to(device), x.parent_N.to(device))
             for x in self.levels
         )
-        return PromptTree(levels, self.leaf_P.to(device))
+        return PromptTree(levels, self.leaf_P.to(device), self.tail_N.to(device))
 
 
 def build_tree(paths: Sequence[Path]) -> PromptTree:
     """Group `paths` by shared leading segments; equal paths share one leaf.
 
+    A level whose sharing saves fewer tokens than a forward pass costs is joined with the one below
+    it: the ids of every path stay the same, only the number of passes changes.
+
     Raises:
         ValueError: no paths, an empty segment, or paths of different depth.
 
     >>> tree = build_tree([((1, 2), (3,)), ((1, 2), (4, 5))])
-    >>> tree.num_tokens, tree.leaf_P.tolist()
-    (5, [0, 1])
+    >>> tree.num_tokens, tree.leaf_P.tolist(), tree.tail_N.tolist()
+    (7, [0, 1], [1, 2])
     """
     depths = {len(path) for path in paths}
     if len(depths) != 1 or any(not segment for path in paths for segment in path):
         raise ValueError(f"got depths {sorted(depths)} or an empty segment; expected equal depth")
+    tail = {path: len(path[-1]) for path in paths}
+    joined = dict(zip(tail, _join_unshared(list(tail)), strict=True))
     levels: list[Level] = []
     parent_row: dict[Path, int] = {(): 0}
-    for depth in range(depths.pop()):
+    for depth in range(len(next(iter(joined.values())))):
         rows: dict[Path, int] = {}
-        for path in paths:
+        for path in joined.values():
             rows.setdefault(path[: depth + 1], len(rows))
         levels.append(_level([(node[-1], parent_row[node[:-1]]) for node in rows]))
         parent_row = rows
-    return PromptTree(tuple(levels), torch.tensor([parent_row[path] for path in paths]))
+    tail_of_leaf = {joined[path]: length for path, length in tail.items()}
+    return PromptTree(
+        tuple(levels),
+        torch.tensor([parent_row[joined[path]] for path in paths]),
+        torch.tensor([tail_of_leaf[leaf] for leaf in parent_row]),
+    )
+
+
+def _join_unshared(paths: Sequence[Path]) -> list[Path]:
+    """Distinct paths with segments joined wherever a level shares next to nothing.
+
+    Joining level i with i + 1 repeats node i once per child beyond the first. From the leaves up,
+    so that a long shared prefix is never repeated for the sake of a short one. Two different paths
+    stay different: a joined leaf keeps its own tail length, and a clash of joined ids with another
+    cut is kept apart by not joining.
+    """
+    out = list(paths)
+    for depth in range(len(out[0]) - 2, -1, -1):
+        nodes = {path[: depth + 1] for path in out}
+        children = {path[: depth + 2] for path in out}
+        repeated = sum(len(child[depth]) for child in children)
+        once = sum(len(node[depth]) for node in nodes)
+        if repeated - once > PASS_TOKENS:
+            continue
+        merged = [(*p[:depth], p[depth] + p[depth + 1], *p[depth + 2 :]) for p in out]
+        if len(set(merged)) == len(out):
+            out = merged
+    return out
 
 
 def _level(nodes: Sequence[tuple[Segment, int]]) -> Level:
@@ -154,21 +191,27 @@ class SharedPrefixLM(torch.nn.Module):
         The trainer's entry point, so that a distributed wrapper sees one forward a loss.
         """
         hiddens = self._hidden_states(tree)
-        response = tree.levels[-1]
-        before_ND = _last_token(hiddens[-2], tree.levels[-2])[response.parent_N]
+        leaf = tree.levels[-1]
+        start_N1 = (leaf.lengths_N - tree.tail_N)[:, None]
+        column_NT = torch.arange(leaf.ids_NT.shape[1], device=start_N1.device)[None]
+        mask_NT = leaf.mask_NT.bool() & (column_NT >= start_N1)
+        if len(hiddens) > 1:
+            before_ND = _last_token(hiddens[-2], tree.levels[-2])[leaf.parent_N]
+        else:
+            before_ND = torch.zeros_like(hiddens[-1][:, 0])
         states_NTD = torch.cat([before_ND[:, None], hiddens[-1][:, :-1]], dim=1)
-        mask_NT = response.mask_NT.bool()
         logits_MV = self._logits(states_NTD[mask_NT]) / temperature
         logp_MV = torch.log_softmax(logits_MV, dim=-1)
-        logp_M = logp_MV.gather(1, response.ids_NT[mask_NT][:, None])[:, 0]
-        logp_NT = torch.zeros(mask_NT.shape, device=logp_M.device).masked_scatter(mask_NT, logp_M)
+        logp_M = logp_MV.gather(1, leaf.ids_NT[mask_NT][:, None])[:, 0]
+        tail_NR = column_NT[:, : int(tree.tail_N.max())] < tree.tail_N[:, None]
+        logp_NR = torch.zeros(tail_NR.shape, device=logp_M.device).masked_scatter(tail_NR, logp_M)
         entropy_PT = None
         if with_entropy:
             with torch.no_grad():
                 entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
-            zeros_NT = torch.zeros(mask_NT.shape, device=logp_M.device)
-            entropy_PT = zeros_NT.masked_scatter(mask_NT, entropy_M)[tree.leaf_P]
-        return ResponseLogps(logp_NT[tree.leaf_P], mask_NT[tree.leaf_P], entropy_PT)
+            zeros_NR = torch.zeros(tail_NR.shape, device=logp_M.device)
+            entropy_PT = zeros_NR.masked_scatter(tail_NR, entropy_M)[tree.leaf_P]
+        return ResponseLogps(logp_NR[tree.leaf_P], tail_NR[tree.leaf_P], entropy_PT)
 
     def label_logprobs(
         self, tree: PromptTree, label_ids: Sequence[int], root: Frontier | None = None

@@ -68,7 +68,7 @@ def read(source: ChorusSource, folder: Path) -> tuple[dict[str, pd.DataFrame], d
         "judgments": _judgments(rated, raters),
     }
     notes = {
-        "rules": "chorus",
+        "rules": "default",
         "quality": "proxy: sales = years between the store's oldest release and the product's",
         "segments": proxies.SEGMENT_NOTE,
     }

@@ -82,7 +82,7 @@ def read(source: EsciSource, folder: Path) -> tuple[dict[str, pd.DataFrame], dic
         ),
     }
     notes = {
-        "rules": "esci",
+        "rules": "default",
         "quality": proxies.JUDGED_POPULARITY_NOTE,
         "segments": proxies.SEGMENT_NOTE,
     }

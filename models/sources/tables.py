@@ -45,7 +45,7 @@ def read(
             tables[name] = reading.read_csv(path, required, source.encoding)
     if source.grade_offset:
         tables["judgments"] = _shifted(tables["judgments"], source.grade_offset)
-    return tables, {"rules": "general", "quality": _quality(tables["products"])}
+    return tables, {"rules": "default", "quality": _quality(tables["products"])}
 
 
 def _paths(folder: Path) -> dict[str, Path]:

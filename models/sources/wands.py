@@ -56,7 +56,7 @@ def read(source: WandsSource, folder: Path) -> tuple[dict[str, pd.DataFrame], di
         ),
     }
     notes = {
-        "rules": "wands",
+        "rules": "default",
         "quality": "measured: ratings",
         "segments": proxies.SEGMENT_NOTE,
     }

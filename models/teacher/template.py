@@ -12,7 +12,7 @@ from models.rules.table import allowed_grades
 from models.teacher.response import Order, render_response
 from models.types import Category, Pair, Verdicts
 
-MAX_STEP_WORDS = 6
+MAX_STEP_WORDS = 4
 """Words in the query and item steps: CPU judges decode every one of them."""
 MAX_ATTRIBUTES = 4
 
@@ -53,5 +53,6 @@ def _attributes(evidence: Evidence) -> tuple[tuple[str, bool], ...]:
 def write(pair: Pair, order: Order) -> str:
     """The teacher's response for one pair, in the configured order."""
     query_step = " ".join(pair.query.text.split()[:MAX_STEP_WORDS])
-    item_step = " ".join(pair.product.title.replace("|", " ").split()[:MAX_STEP_WORDS])
+    item = pair.product.category.split(">")[-1].strip() or pair.product.title
+    item_step = " ".join(item.replace("|", " ").lower().split()[:MAX_STEP_WORDS])
     return render_response(query_step, item_step, gold_verdicts(pair), pair.grade, order)

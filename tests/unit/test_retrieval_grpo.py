@@ -263,6 +263,17 @@ def test_an_encoder_is_chosen_only_if_nothing_guarded_fell() -> None:
     assert not acceptable(watch(0.79, relevance=0.9, quality=0.9, exclusivity=0.9), start, config)
 
 
+def test_a_recall_loss_within_noise_is_allowed_and_a_real_one_is_not() -> None:
+    start = Watch(0, 0.5, 1.0, 0.5, {}, recalls=[0.5] * 16)
+    noisy = [0.5 + d for d in (0.4, -0.48) * 8]  # mean -.04, standard error .44 / sqrt(15)
+    steady = [0.46] * 16
+    config = RetrievalGRPOConfig()
+    assert acceptable(Watch(1, 0.46, 1.0, 0.5, {}, noisy), start, config)
+    assert not acceptable(Watch(1, 0.46, 1.0, 0.5, {}, steady), start, config)
+    strict = config.model_copy(update={"recall_noise": 0.0})
+    assert not acceptable(Watch(1, 0.46, 1.0, 0.5, {}, noisy), start, strict)
+
+
 def test_collapse_is_named() -> None:
     config = RetrievalGRPOConfig()
     assert collapse(watch(), watch(), config) is None
@@ -274,7 +285,7 @@ def test_quality_rises_and_recall_holds(
     store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
 ) -> None:
     sink = ListSink()
-    config = FAST.model_copy(update={"steps": 24})
+    config = FAST.model_copy(update={"steps": 24, "recall_noise": 0.0})
     numbers = train_retrieval_grpo(
         str(encoder_dir), store, [quality], config, tmp_path / "out", tmp_path / "s", sink
     )

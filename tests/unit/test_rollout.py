@@ -1,0 +1,76 @@
+"""Sampling: log-probs are the trainer's, seeds repeat, finished rows stop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.lm.rollout import sample
+from models.lm.shared_prefix import SharedPrefixLM, build_tree
+
+PROMPTS = [((1, 2, 3), (4, 5), (6,)), ((1, 2, 3), (4, 5), (7, 8)), ((1, 2, 3), (9,), (6, 6, 6))]
+END = 2
+
+
+@pytest.fixture(scope="module")
+def model() -> SharedPrefixLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    return SharedPrefixLM(LlamaForCausalLM(config))
+
+
+def draw(model: SharedPrefixLM, seed: int = 0, **changes: object) -> list:
+    arguments: dict = dict(group_size=6, max_new_tokens=12, end_id=END, temperature=1.0)
+    generator = torch.Generator().manual_seed(seed)
+    return sample(model, PROMPTS, generator=generator, **(arguments | changes))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logps_equal_the_trainers(model: SharedPrefixLM, temperature: float) -> None:
+    groups = draw(model, temperature=temperature)
+    paths = [(*p, r.ids) for p, g in zip(PROMPTS, groups, strict=True) for r in g]
+    with torch.no_grad():
+        got = model.eval()(build_tree(paths), temperature=temperature)
+    for row, rollout in enumerate(r for g in groups for r in g):
+        want = torch.tensor(rollout.logps)
+        assert torch.allclose(got.logp_PT[row][got.mask_PT[row]], want, atol=1e-4)
+
+
+def test_same_seed_same_rollouts_and_another_seed_others(model: SharedPrefixLM) -> None:
+    assert draw(model) == draw(model)
+    assert draw(model) != draw(model, seed=1)
+
+
+def test_rows_stop_at_the_end_token_or_at_the_limit(model: SharedPrefixLM) -> None:
+    rollouts = [r for g in draw(model, group_size=32) for r in g]
+    assert any(r.finished for r in rollouts) and any(not r.finished for r in rollouts)
+    for r in rollouts:
+        assert END not in r.ids[:-1]
+        assert r.finished == (r.ids[-1] == END)
+        assert r.finished or len(r.ids) == 12
+
+
+def test_sampling_follows_the_distribution(model: SharedPrefixLM) -> None:
+    groups = draw(model, group_size=3000, max_new_tokens=1, rows_at_once=10_000)
+    with torch.no_grad():
+        logits = model.lm(torch.tensor([sum(PROMPTS[0], ())])).logits[0, -1]
+    want = logits.softmax(-1)
+    counts = torch.bincount(torch.tensor([r.ids[0] for r in groups[0]]), minlength=12) / 3000
+    assert (counts - want).abs().max() < 0.04
+
+
+def test_greedy_takes_the_most_likely_token(model: SharedPrefixLM) -> None:
+    first = draw(model, temperature=0.0, group_size=1, max_new_tokens=1)[0][0].ids[0]
+    with torch.no_grad():
+        assert first == model.lm(torch.tensor([sum(PROMPTS[0], ())])).logits[0, -1].argmax().item()
+
+
+def test_top_k_never_leaves_the_top(model: SharedPrefixLM) -> None:
+    groups = draw(model, top_k=2, group_size=64, max_new_tokens=1)
+    with torch.no_grad():
+        top = model.lm(torch.tensor([sum(PROMPTS[0], ())])).logits[0, -1].topk(2).indices.tolist()
+    assert {r.ids[0] for r in groups[0]} == set(top)
