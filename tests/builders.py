@@ -20,7 +20,9 @@ def make_pair(
     **product: Any,
 ) -> Pair:
     """A labelled pair whose ids follow from its texts."""
-    return Pair(Query(f"q:{query}", query), Product(f"p:{title}", title, **product), grade, verdicts)
+    return Pair(
+        Query(f"q:{query}", query), Product(f"p:{title}", title, **product), grade, verdicts
+    )
 
 
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -28,9 +30,7 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
     queries = [" ".join(rng.sample(WORDS, 2)) for _ in range(max(1, count // 3))]
     return [
-        make_pair(
-            rng.choice(queries), f"{' '.join(rng.sample(WORDS, 3))} {i}", grade=1 + i % 4
-        )
+        make_pair(rng.choice(queries), f"{' '.join(rng.sample(WORDS, 3))} {i}", grade=1 + i % 4)
         for i in range(count)
     ]
 

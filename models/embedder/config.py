@@ -51,7 +51,7 @@ class RetrievalGRPOConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    steps: int = Field(default=40, ge=1)
+    steps: int = Field(default=36, ge=1)
     """Optimiser steps (batches of queries times `inner_steps`)."""
     batch_queries: int = Field(default=8, ge=1)
     """Queries a batch."""
@@ -63,7 +63,7 @@ class RetrievalGRPOConfig(BaseModel):
     """Where candidates come from; see `embedder/candidates.py`."""
     pool_size: int | None = Field(default=3000, ge=2)
     """Products in the pool: the judged ones of these queries and a uniform sample; None: all."""
-    refresh_every: int = Field(default=20, ge=1)
+    refresh_every: int = Field(default=18, ge=1)
     """Steps between two embeddings of the pool, which are also the checkpoints and the watch."""
     towers: Literal["both", "query"] = "both"
     """query: product vectors stay as embedded at the last refresh; cheap, and drifts."""
@@ -78,14 +78,14 @@ class RetrievalGRPOConfig(BaseModel):
     beta: float = Field(default=0.1, ge=0)
     """Weight of the KL to the SFT encoder."""
     sft_weight: float = Field(default=1.0, ge=0)
-    """Weight of the InfoNCE anchor; 0 turns it off. It holds recall: see infra/LOG.md."""
-    sft_batch: int = Field(default=16, ge=2)
+    """Weight of the InfoNCE anchor; 0 turns it off. It is what holds recall."""
+    sft_batch: int = Field(default=24, ge=2)
     """Pairs of the anchor, a step."""
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives of the anchor."""
     std_floor: float = Field(default=1e-3, ge=0)
     """Groups whose reward std is below are skipped."""
-    lr: float = Field(default=2e-5, gt=0)
+    lr: float = Field(default=4e-5, gt=0)
     """Peak learning rate of AdamW, linear decay after `warmup_steps`."""
     warmup_steps: int = Field(default=4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

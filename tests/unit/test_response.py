@@ -1,0 +1,78 @@
+"""The response format: rendered and read back, and every way it can be broken."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.rules.table import allowed_grades
+from models.teacher.response import ParseOutcome, parse_response, render_response
+from models.teacher.template import gold_verdicts, write
+from models.types import Category, Verdicts
+from tests.builders import make_pair, make_pairs, make_verdicts
+
+words = st.text("abcdefgh ", min_size=1, max_size=12).map(str.strip).filter(bool)
+verdicts = st.builds(
+    Verdicts,
+    st.sampled_from(Category),
+    st.lists(st.tuples(words, st.booleans()), max_size=4).map(tuple),
+)
+
+
+@pytest.mark.parametrize("order", ["respond_then_think", "think_then_respond"])
+@given(given_verdicts=verdicts, grade=st.integers(1, 4), query=words, item=words)
+def test_parse_inverts_render(
+    order: str, given_verdicts: Verdicts, grade: int, query: str, item: str
+) -> None:
+    text = render_response(query, item, given_verdicts, grade, order)  # type: ignore[arg-type]
+    read = parse_response(text, order)  # type: ignore[arg-type]
+    assert (read.outcome, read.grade, read.verdicts) == (ParseOutcome.OK, grade, given_verdicts)
+
+
+def test_the_grade_comes_first_in_post_cot() -> None:
+    text = render_response("a", "b", make_verdicts(), 3, "respond_then_think")
+    assert text.split("\n")[0] == "3" and text.split("\n")[3] == "category: match"
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "outcome", "grade"),
+    [
+        ("", True, ParseOutcome.EMPTY, None),
+        (" \n", True, ParseOutcome.EMPTY, None),
+        ("4\nquery: a", False, ParseOutcome.TRUNCATED, 4),
+        ("4", True, ParseOutcome.MALFORMED, 4),
+        ("5\nquery: a", True, ParseOutcome.MALFORMED, None),
+        ("grade 4", True, ParseOutcome.MALFORMED, None),
+        (
+            "4\nquery: a\nitem: b\ncategory: maybe\nattributes: none\ndecision: excellent",
+            True,
+            ParseOutcome.MALFORMED,
+            4,
+        ),
+        (
+            "4\nquery: a\nitem: b\ncategory: match\nattributes: colour perhaps\ndecision: x",
+            True,
+            ParseOutcome.MALFORMED,
+            4,
+        ),
+    ],
+)
+def test_broken_responses_are_named_not_guessed(
+    text: str, finished: bool, outcome: ParseOutcome, grade: int | None
+) -> None:
+    read = parse_response(text, "respond_then_think", finished)
+    assert (read.outcome, read.grade) == (outcome, grade)
+
+
+def test_the_teacher_never_contradicts_its_grade() -> None:
+    for pair in make_pairs(200):
+        assert pair.grade in allowed_grades(gold_verdicts(pair)), pair
+        read = parse_response(write(pair, "respond_then_think"), "respond_then_think")
+        assert read.outcome is ParseOutcome.OK and read.grade == pair.grade
+
+
+def test_the_teacher_uses_gold_verdicts_where_there_are() -> None:
+    gold = make_verdicts("related", colour=False)
+    pair = make_pair(grade=2, verdicts=gold)
+    assert parse_response(write(pair, "respond_then_think"), "respond_then_think").verdicts == gold

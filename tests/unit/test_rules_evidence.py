@@ -1,0 +1,95 @@
+"""Rules, the rule table and the evidence lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.errors import ConfigError
+from models.rules.base import load_rules
+from models.rules.evidence import gather
+from models.rules.table import allowed_grades, contradicts
+from models.types import Category, Product, Query
+from tests.builders import make_verdicts
+
+
+@pytest.mark.parametrize("name", ["default", "synthetic", "homedepot"])
+def test_rule_bases_parse_and_have_a_rule_for_every_grade(name: str) -> None:
+    rules = load_rules(name).always
+    assert [r.text[0] for r in rules if r.text[0].isdigit()] == ["4", "3", "2", "1"]
+    assert len({r.id for r in load_rules(name).rules}) == len(load_rules(name).rules)
+
+
+def test_a_query_gets_only_the_rules_it_triggers() -> None:
+    rules = load_rules("default")
+    assert rules.concerning(Query("q", "red sofa")) == ()
+    scopes = {r.scope for r in rules.concerning(Query("q", "sofa not leather under $60"))}
+    assert scopes == {"negation", "price"}
+
+
+def test_version_follows_the_text(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text(json.dumps([{"id": "A", "text": "x", "scope": "always"}]))
+    second.write_text(json.dumps([{"id": "A", "text": "y", "scope": "always"}]))
+    assert load_rules(str(first)).version != load_rules(str(second)).version
+
+
+def test_unknown_rule_base_and_scope_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got rules 'nope'"):
+        load_rules("nope")
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps([{"id": "A", "text": "x", "scope": "sometimes"}]))
+    with pytest.raises(ConfigError, match="scope 'sometimes'"):
+        load_rules(str(path))
+
+
+@pytest.mark.parametrize(
+    ("category", "attributes", "grades"),
+    [
+        ("mismatch", {"colour": True}, {1}),
+        ("related", {}, {1, 2}),
+        ("match", {}, {3, 4}),
+        ("match", {"a": True, "b": True}, {3, 4}),
+        ("match", {"a": True, "b": False}, {2, 3}),
+        ("match", {"a": False}, {2, 3}),
+        ("match", {"a": False, "b": False}, {2}),
+    ],
+)
+def test_rule_table(category: str, attributes: dict[str, bool], grades: set[int]) -> None:
+    verdicts = make_verdicts(category, **attributes)
+    assert allowed_grades(verdicts) == grades
+    assert [contradicts(g, verdicts) for g in (1, 2, 3, 4)] == [
+        g not in grades for g in (1, 2, 3, 4)
+    ]
+
+
+def test_every_category_has_a_row_in_the_table() -> None:
+    assert all(allowed_grades(make_verdicts(c)) for c in Category)
+
+
+def test_evidence_finds_stemmed_words_and_names_missing_ones() -> None:
+    evidence = gather(Query("q", "Running shoes red"), Product("p", "Red runner shoe, run fast"))
+    assert evidence.found == ("running", "shoes", "red")
+    assert evidence.missing == ()
+
+
+def test_evidence_of_a_negation_is_not_a_missing_word() -> None:
+    sofa = Product("p", "Leather sofa")
+    for text in (
+        "sofa not leather",
+        "sofa without leather",
+        "leather-free sofa",
+        "sofa no leather",
+    ):
+        evidence = gather(Query("q", text), sofa)
+        assert evidence.excluded == (("leather", True),), text
+        assert "leather" not in evidence.missing + evidence.found, text
+
+
+@pytest.mark.parametrize(("price", "ok"), [(59.0, True), (60.0, True), (61.0, False), (None, None)])
+def test_evidence_of_a_price_limit(price: float | None, ok: bool | None) -> None:
+    evidence = gather(Query("q", "sofa under $60"), Product("p", "Sofa", price=price))
+    assert (evidence.price_limit, evidence.price_ok) == (60.0, ok)
+    assert evidence.found == ("sofa",) and evidence.missing == ()
