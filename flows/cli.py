@@ -1,4 +1,4 @@
-"""The `relearn` command. Light at the top: torch, MLflow and Prefect load when a command needs them."""
+"""The `relearn` command. Light at the top: heavy packages load when a command needs them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def run(
     home: Home = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change one setting, e.g. --set judge.dpo.beta=0.2. Repeatable."),
+        typer.Option(
+            "--set", help="Change one setting, e.g. --set judge.dpo.beta=0.2. Repeatable."
+        ),
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every setting as JSON and stop.")

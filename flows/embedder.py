@@ -1,4 +1,4 @@
-"""The dense retriever taught by the judge: SFT -> index -> Retrieval-GRPO -> index [TaoSearchEmb]."""
+"""The dense retriever the judge teaches: SFT -> index -> Retrieval-GRPO -> index."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from tasks.judge import (
     judge_dpo,
     judge_grpo,
     judge_pass_at_n,
+    judge_prompt,
 )
 
 
@@ -32,24 +33,22 @@ class JudgeResult(BaseModel):
 @flow(name="train-judge", log_prints=False)
 def train_judge(config: JudgeConfig, store: ArtifactRef) -> JudgeResult:
     """Train and evaluate the judge; each stage starts from the one before."""
-    prompt = config.sft.prompt
-    rules = load_rules(prompt.rules).version
+    rules = load_rules(config.prompt.rules).version
+    prompt = judge_prompt(prompt=config.prompt, rules=rules, store=store)
     base = base_model(
         name=config.base,
         role="judge",
         content=base_content(config.base),
         store=store if config.base == TINY else None,
     )
-    sft = judge_cot_sft(config=config.sft, base=base, store=store, rules=rules)
+    sft = judge_cot_sft(config=config.sft, base=base, prompt=prompt, store=store)
     preferences = judge_pass_at_n(config=config.pass_at_n, judge=sft, store=store)
     dpo = judge_dpo(config=config.dpo, judge=sft, preferences=preferences, store=store)
     grpo = judge_grpo(config=config.grpo, judge=dpo, store=store)
     judge = judge_calibrated(config=config.calibration, judge=grpo, store=store)
     rows = {"zero-shot": base, "CoT SFT": sft, "+ DPO": dpo, "+ GRPO": grpo}
     answers = {
-        name: judge_answers(
-            config=config.answers, prompt=prompt, rules=rules, judge=model, store=store
-        )
+        name: judge_answers(config=config.answers, prompt=prompt, judge=model, store=store)
         for name, model in rows.items()
     }
     evaluation = evaluate_judge(answers=answers, judge=judge, store=store)

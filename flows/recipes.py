@@ -1,7 +1,7 @@
 """Recipes: every setting of a run, as frozen values that Prefect shows as forms.
 
-A recipe is a function from a store's name to a PipelineConfig. Variants are `--set key=value` on the
-command line or `with_settings` here; nothing else changes a run.
+A recipe is a function from a store's name to a PipelineConfig. Variants are `--set key=value` on
+the command line or `with_settings` here; nothing else changes a run.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class JudgeConfig(_Config):
 
     base: str
     """Base model: a packaged name, a local folder, a hub id, or `tiny`."""
+    prompt: PromptConfig = PromptConfig()
     sft: SftConfig = SftConfig()
     pass_at_n: PassAtNConfig = PassAtNConfig()
     dpo: DpoConfig = DpoConfig()
@@ -96,14 +97,45 @@ def _prompt(store: str) -> PromptConfig:
 
 def small(store: str = "synthetic") -> PipelineConfig:
     """SmolLM2-135M-Instruct and all-MiniLM-L6-v2 on two CPU cores: a coffee break."""
+    top = OptimiserConfig(lr=1.5e-4, train_layers=14, checkpoint_every=25)
+    gentle = top.model_copy(update={"lr": 5e-6})
     return PipelineConfig(
         name=store,
         data=DataConfig(source=_source(store)),
         judge=JudgeConfig(
             base="smollm2-135m-instruct",
-            sft=SftConfig(prompt=_prompt(store)),
+            prompt=_prompt(store),
+            sft=SftConfig(
+                optimiser=top, max_pairs=1200, cot_share=0.4, micro_batch=16, accumulate=1
+            ),
+            pass_at_n=PassAtNConfig(prompts=64, samples=4),
+            dpo=DpoConfig(optimiser=gentle, micro_batch=6),
+            grpo=GrpoConfig(
+                optimiser=gentle.model_copy(update={"schedule": "constant_with_warmup"}),
+                pool=PoolConfig(candidates=240, size=96),
+                steps=5,
+                prompts_per_step=6,
+                group_size=4,
+                max_refills=1,
+                responses_at_once=12,
+            ),
+            calibration=CalibrationConfig(max_pairs=300),
+            answers=AnswersConfig(max_pairs=300, reasoning_pairs=48),
         ),
-        embedder=EmbedderConfig(base="all-minilm-l6-v2"),
+        embedder=EmbedderConfig(
+            base="all-minilm-l6-v2",
+            sft=ContrastiveConfig(max_tokens=64),
+            rgrpo=RetrievalGRPOConfig(
+                steps=24,
+                refresh_every=12,
+                k=12,
+                max_queries=64,
+                pool_size=2000,
+                val_reward_queries=16,
+                max_tokens=64,
+            ),
+            evaluation=RetrievalEvalConfig(judged_queries=40),
+        ),
     )
 
 
@@ -119,9 +151,8 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
         data=DataConfig(source=source),
         judge=JudgeConfig(
             base="tiny",
-            sft=SftConfig(
-                prompt=_prompt(store), optimiser=fast, max_pairs=400, epochs=4, grade_share=None
-            ),
+            prompt=_prompt(store),
+            sft=SftConfig(optimiser=fast, max_pairs=400, epochs=4, grade_share=None),
             pass_at_n=PassAtNConfig(prompts=24, samples=4, max_new_tokens=96),
             dpo=DpoConfig(optimiser=gentle),
             grpo=GrpoConfig(
@@ -152,10 +183,8 @@ def full(store: str = "synthetic") -> PipelineConfig:
         data=DataConfig(source=_source(store)),
         judge=JudgeConfig(
             base="Qwen/Qwen3-4B",
+            prompt=_prompt(store).model_copy(update={"max_item_chars": 800, "evidence": False}),
             sft=SftConfig(
-                prompt=_prompt(store).model_copy(
-                    update={"max_item_chars": 800, "evidence": False}
-                ),
                 optimiser=budget,
                 max_pairs=50_000,
                 balance=0.5,
@@ -178,7 +207,12 @@ def full(store: str = "synthetic") -> PipelineConfig:
         embedder=EmbedderConfig(
             base="Qwen/Qwen3-Embedding-0.6B",
             sft=ContrastiveConfig(
-                steps=None, epochs=1, batch_size=512, global_negatives=1024, chunk=64, max_pairs=None
+                steps=None,
+                epochs=1,
+                batch_size=512,
+                global_negatives=1024,
+                chunk=64,
+                max_pairs=None,
             ),
             rgrpo=RetrievalGRPOConfig(
                 steps=500, batch_queries=64, k=64, max_queries=None, pool_size=None
@@ -216,7 +250,9 @@ def with_settings(config: PipelineConfig, changes: Sequence[str]) -> PipelineCon
     for change in changes:
         key, found, value = change.partition("=")
         if not found:
-            raise ConfigError(explain(f"--set {change!r}", "key=value", "write e.g. judge.dpo.beta=0.2"))
+            raise ConfigError(
+                explain(f"--set {change!r}", "key=value", "write e.g. judge.dpo.beta=0.2")
+            )
         *path, leaf = key.strip().split(".")
         node: Any = body
         for part in path:

@@ -48,11 +48,13 @@ class Champion:
         """
         artifacts = _artifacts(store_name)
         folder = artifacts.path(_champion_ref(artifacts, store_name, "judge"))
-        from models.judge.scoring import ScoringJudge, read_judge_file
+        from models.judge.scoring import ScoringJudge
+        from models.judge.spec import JudgeSpec
 
-        prompt, beta = read_judge_file(folder)
-        assert beta is not None, "registered judges are calibrated"
-        return cls(ScoringJudge.open(str(folder), prompt, settings().torch_device), beta)
+        spec = JudgeSpec.read(folder)
+        assert spec.beta_cum is not None, "registered judges are calibrated"
+        model = ScoringJudge.open(str(folder), spec, settings().torch_device)
+        return cls(model, spec.beta_cum)
 
     def grade(
         self, pairs: Sequence[tuple[Query, Product]], desc: str = ""

@@ -92,10 +92,10 @@ class Pair:
 
 
 class Judge(Protocol):
-    """Anything that grades pairs: P(grade) per pair, grades in the order of GRADES."""
+    """Anything that grades pairs."""
 
-    def probabilities(self, query: Query, products: Sequence[Product]) -> Sequence[Sequence[float]]:
-        """[K][4] probabilities, each row summing to 1."""
+    def score(self, pairs: Sequence[tuple[Query, Product]]) -> Sequence[Sequence[float]]:
+        """P(grade) of every pair, [N][4] in the order of GRADES, each row summing to 1."""
         ...
 
 

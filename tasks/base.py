@@ -16,7 +16,7 @@ TINY = "tiny"
 
 
 def base_content(name: str) -> str:
-    """Identity of the weights behind `name`; "" for the tiny ones, which are built from the store."""
+    """Identity of the weights behind `name`; "" for tiny ones, which are built from the store."""
     if name == TINY:
         return ""
     from models.lm.weights import fingerprint, resolve

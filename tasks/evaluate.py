@@ -17,6 +17,8 @@ from tasks.stage import StageContext, stage
 
 JUDGE_TABLE = "judge_table.json"
 RETRIEVAL_TABLE = "retrieval_table.json"
+JUDGED_AT_ONCE = 192
+"""Pairs between two progress reports; a multiple of what the judge scores in one pass."""
 
 
 class RetrievalEvalConfig(BaseModel):
@@ -42,13 +44,13 @@ def evaluate_judge(
     answers: {row name: judge_answers artifact}. The last one is also read by CumPT.
     """
     from models.evaluation.judge_table import judge_rows
-    from models.judge.scoring import read_judge_file
+    from models.judge.spec import JudgeSpec
 
     data = Store.read(ctx.open(store) / "store")
     loaded = {name: _read_json(ctx.open(ref) / "answers.json") for name, ref in answers.items()}
-    prompt, beta = read_judge_file(ctx.open(judge))
-    assert beta is not None, "the judge artifact is calibrated"
-    rows = judge_rows(loaded, data, prompt.order, beta)
+    spec = JudgeSpec.read(ctx.open(judge))
+    assert spec.beta_cum is not None, "the judge artifact is calibrated"
+    rows = judge_rows(loaded, data, spec.prompt.order, spec.beta_cum)
     return _publish(ctx, JUDGE_TABLE, "judge", rows, rows[-1])
 
 
@@ -105,15 +107,20 @@ def _goodrate_judge(
 
     if config.judged_queries == 0:
         return None
-    relevance = judge_relevance(ctx, judge)
     count = min(config.judged_queries, len(queries))
     chosen = random.Random(config.seed).sample(queries, count)
+    pairs = [
+        (q, products[p])
+        for q in chosen
+        for p in sorted({p for run in runs.values() for p in run.get(q.query_id, [])[:10]})
+    ]
+    relevance = judge_relevance(ctx, judge)
     verdict: dict[tuple[str, str], bool] = {}
-    for done, query in enumerate(chosen):
-        ids = sorted({p for run in runs.values() for p in run.get(query.query_id, [])[:10]})
-        goods = relevance.is_good(query, [products[p] for p in ids])
-        verdict |= {(query.query_id, p): g for p, g in zip(ids, goods, strict=True)}
-        ctx.progress(done + 1, count, "judging the top 10")
+    for start in range(0, len(pairs), JUDGED_AT_ONCE):
+        part = pairs[start : start + JUDGED_AT_ONCE]
+        goods = relevance.is_good(part)
+        verdict |= {(q.query_id, p.product_id): g for (q, p), g in zip(part, goods, strict=True)}
+        ctx.progress(start + len(part), len(pairs), "pairs judged for Goodrate")
 
     def good(query: Any, found: Any) -> list[float]:
         none = float("nan")

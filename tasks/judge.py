@@ -47,16 +47,32 @@ def _store(ctx: StageContext, ref: ArtifactRef) -> Store:
     return Store.read(ctx.open(ref) / "store")
 
 
+@stage(name="judge_prompt", kind="judge", code_version="1")
+def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
+    """The prompt format and the kind lexicon of the training queries; every judge reads by it.
+
+    rules: version of the rule base, so that an edited rule is a changed prompt.
+    """
+    from models.judge.spec import JudgeSpec
+
+    JudgeSpec.fit(prompt, _store(ctx, store).pairs("train")).write(ctx.out)
+
+
 @stage(name="judge_cot_sft", kind="judge", code_version="1")
 def judge_cot_sft(
-    ctx: StageContext, config: SftConfig, base: ArtifactRef, store: ArtifactRef, rules: str
+    ctx: StageContext,
+    config: SftConfig,
+    base: ArtifactRef,
+    prompt: ArtifactRef,
+    store: ArtifactRef,
 ) -> Mapping[str, float]:
-    """CoT SFT on the teacher's responses [TaoSR1 s3.1]. rules: version of the rule base."""
+    """CoT SFT on the teacher's responses [TaoSR1 s3.1]."""
     from models.judge.cot_sft import train_cot_sft
-    from models.judge.scoring import write_judge_file
+    from models.judge.spec import JudgeSpec
 
-    counts = train_cot_sft(
+    return train_cot_sft(
         weights_path(ctx, base),
+        JudgeSpec.read(ctx.open(prompt)),
         _store(ctx, store).pairs("train"),
         config,
         ctx.out,
@@ -64,8 +80,6 @@ def judge_cot_sft(
         ctx.sink,
         ctx.settings.torch_device,
     )
-    write_judge_file(ctx.out, config.prompt, None)
-    return counts
 
 
 @stage(name="judge_pass_at_n", kind="judge", code_version="1")
@@ -93,13 +107,12 @@ def judge_dpo(
     """DPO on the judge's own mistakes [TaoSR1 s3.2]."""
     from models.judge.dpo import train_dpo
     from models.judge.preferences import read_preferences
-    from models.judge.scoring import read_judge_file, write_judge_file
+    from models.judge.spec import JudgeSpec
 
     folder, data = ctx.open(judge), _store(ctx, store)
-    prompt, _ = read_judge_file(folder)
-    counts = train_dpo(
+    return train_dpo(
         str(folder),
-        prompt,
+        JudgeSpec.read(folder),
         read_preferences(ctx.open(preferences)),
         data.query_by_id,
         data.product_by_id,
@@ -109,8 +122,6 @@ def judge_dpo(
         ctx.sink,
         ctx.settings.torch_device,
     )
-    write_judge_file(ctx.out, prompt, None)
-    return counts
 
 
 @stage(name="judge_grpo", kind="judge", code_version="1")
@@ -123,10 +134,9 @@ def judge_grpo(
     from models.judge.cot_sft import draw_pairs
     from models.judge.grpo import train_grpo
     from models.judge.pool import choose_pool
-    from models.judge.scoring import read_judge_file, write_judge_file
+    from models.judge.spec import JudgeSpec
 
     folder = ctx.open(judge)
-    prompt, _ = read_judge_file(folder)
     pairs = _store(ctx, store).pairs("train")
     rng = random.Random(config.optimiser.seed)
     candidates = draw_pairs(pairs, config.pool.candidates, 1.0, rng)
@@ -135,7 +145,7 @@ def judge_grpo(
     ctx.table("rl-pool", [facts])
     counts = train_grpo(
         str(folder),
-        prompt,
+        JudgeSpec.read(folder),
         pool,
         config,
         ctx.out,
@@ -143,7 +153,6 @@ def judge_grpo(
         ctx.sink,
         ctx.settings.torch_device,
     )
-    write_judge_file(ctx.out, prompt, None)
     return facts | counts
 
 
@@ -154,15 +163,15 @@ def judge_calibrated(
     """The finished judge: weights, prompt, and the CumPT threshold of validation [TaoSR1 s3.4]."""
     import numpy as np
 
-    from models.judge.scoring import read_judge_file, write_judge_file
     from models.evaluation.tiers import calibrate_beta
+    from models.judge.spec import JudgeSpec
 
     folder = ctx.open(judge)
     pairs = _sample(_store(ctx, store).pairs("validation"), config.max_pairs, 0)
     scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in pairs], "calibration")
     beta, f1 = calibrate_beta(scores, np.array([p.grade for p in pairs]))
     shutil.copytree(folder, ctx.out, dirs_exist_ok=True)
-    write_judge_file(ctx.out, read_judge_file(folder)[0], beta)
+    JudgeSpec.read(folder).calibrated(beta).write(ctx.out)
     return {"beta_cum": beta, "validation/macro_f1": f1, "pairs": len(pairs)}
 
 
@@ -170,8 +179,7 @@ def judge_calibrated(
 def judge_answers(
     ctx: StageContext,
     config: AnswersConfig,
-    prompt: PromptConfig,
-    rules: str,
+    prompt: ArtifactRef,
     judge: ArtifactRef,
     store: ArtifactRef,
 ) -> Mapping[str, float]:
@@ -183,9 +191,11 @@ def judge_answers(
     from models.evaluation.judge import grade_metrics
     from models.judge.answers import decode_greedy
     from models.judge.scoring import ScoringJudge
+    from models.judge.spec import JudgeSpec
 
+    spec = JudgeSpec.read(ctx.open(prompt))
     pairs = _sample(_store(ctx, store).pairs("test"), config.max_pairs, config.seed)
-    model = ScoringJudge.open(weights_path(ctx, judge), prompt, ctx.settings.torch_device)
+    model = ScoringJudge.open(weights_path(ctx, judge), spec, ctx.settings.torch_device)
     scores = model.score([(p.query, p.product) for p in pairs], "test pairs")
     texts = decode_greedy(model, pairs[: config.reasoning_pairs], config.max_new_tokens)
     rows: list[dict[str, Any]] = [
@@ -205,11 +215,11 @@ def judge_answers(
 
 
 def _open_judge(ctx: StageContext, ref: ArtifactRef) -> Any:
-    from models.judge.scoring import ScoringJudge, read_judge_file
+    from models.judge.scoring import ScoringJudge
+    from models.judge.spec import JudgeSpec
 
     folder = ctx.open(ref)
-    prompt, _ = read_judge_file(folder)
-    return ScoringJudge.open(str(folder), prompt, ctx.settings.torch_device)
+    return ScoringJudge.open(str(folder), JudgeSpec.read(folder), ctx.settings.torch_device)
 
 
 def _sample(pairs: list[Any], count: int, seed: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Register what was made: judge, retriever and index as model versions; a first champion if none."""
+"""Register what was made: judge, retriever and index as model versions, and a first champion."""
 
 from __future__ import annotations
 

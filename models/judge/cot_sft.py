@@ -23,7 +23,8 @@ import torch
 
 from models.judge.config import SftConfig
 from models.judge.prompt import PromptEncoder
-from models.judge.trainer import JudgeTrainer, add_lora, save_whole
+from models.judge.spec import JudgeSpec
+from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
@@ -98,6 +99,7 @@ def sft_loss(
 
 def train_cot_sft(
     base: str,
+    spec: JudgeSpec,
     pairs: Sequence[Pair],
     config: SftConfig,
     out: Path,
@@ -109,6 +111,7 @@ def train_cot_sft(
 
     Args:
         base: a local model folder or hub id.
+        spec: prompt format and lexicon.
         pairs: training pairs, any order.
 
     Returns:
@@ -119,15 +122,13 @@ def train_cot_sft(
     """
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
-    encoder = PromptEncoder(tokenizer, config.prompt)
+    encoder = PromptEncoder(tokenizer, spec)
     chosen = draw_pairs(pairs, config.max_pairs, config.balance, rng)
-    batches: list[list[Pair]] = []
+    prepared: list[tuple[list[TokenPath], list[int]]] = []
     for _ in range(config.epochs):
-        batches += batch_by_query(chosen, config.micro_batch, rng)
-    bare = {id(p) for p in rng.sample(chosen, round((1 - config.cot_share) * len(chosen)))}
-    prepared = [_prepare(encoder, batch, bare) for batch in batches]
+        prepared += _epoch(encoder, chosen, config, rng)
     _show_first(encoder, prepared[0])
-    model = SharedPrefixLM(add_lora(lm, config.optimiser.lora), bf16=config.optimiser.bf16)
+    model = SharedPrefixLM(make_trainable(lm, config.optimiser), bf16=config.optimiser.bf16)
     counts = {"tokens": 0.0, "plain_tokens": 0.0}
 
     def stage_loss(
@@ -152,18 +153,32 @@ def train_cot_sft(
     )
     trainer.run()
     save_whole(model.lm, tokenizer, out)
+    spec.write(out)
     saved = 1 - counts["tokens"] / max(counts["plain_tokens"], 1)
     return {"pairs": len(chosen), "tokens": counts["tokens"], "shared_token_share": saved}
 
 
+def _epoch(
+    encoder: PromptEncoder, pairs: Sequence[Pair], config: SftConfig, rng: random.Random
+) -> list[tuple[list[TokenPath], list[int]]]:
+    """Micro-batches of one pass, in random order: with steps and without apart, to pad little."""
+    reasoned = set(rng.sample(range(len(pairs)), round(config.cot_share * len(pairs))))
+    out = []
+    for with_steps in (True, False):
+        part = [p for i, p in enumerate(pairs) if (i in reasoned) == with_steps]
+        for batch in batch_by_query(part, config.micro_batch, rng):
+            out.append(_prepare(encoder, batch, with_steps))
+    rng.shuffle(out)
+    return out
+
+
 def _prepare(
-    encoder: PromptEncoder, batch: Sequence[Pair], bare: set[int]
+    encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool
 ) -> tuple[list[TokenPath], list[int]]:
     order = encoder.config.order
     paths, grade_at = [], []
     for pair in batch:
-        text = str(pair.grade) if id(pair) in bare else write(pair, order)
-        response = encoder.response_segment(text)
+        response = encoder.response_segment(write(pair, order) if with_steps else str(pair.grade))
         paths.append((*encoder.prompt(pair.query, pair.product), response))
         grade_at.append(0 if order == "respond_then_think" else len(response) - 2)
     return paths, grade_at

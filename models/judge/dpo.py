@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 from models.errors import DataContractError, explain
-from models.judge.config import DpoConfig, PromptConfig
+from models.judge.config import DpoConfig
 from models.judge.preferences import Preference
 from models.judge.prompt import PromptEncoder
-from models.judge.trainer import JudgeTrainer, add_lora, save_whole
+from models.judge.spec import JudgeSpec
+from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
@@ -40,7 +41,7 @@ Example = tuple[list[TokenPath], torch.Tensor]
 
 def train_dpo(
     base: str,
-    prompt: PromptConfig,
+    spec: JudgeSpec,
     preferences: Sequence[Preference],
     query_by_id: dict[str, Query],
     product_by_id: dict[str, Product],
@@ -61,7 +62,7 @@ def train_dpo(
         raise DataContractError(explain(got, "at least one", "raise pass_at_n.prompts or samples"))
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
-    encoder = PromptEncoder(tokenizer, prompt)
+    encoder = PromptEncoder(tokenizer, spec)
     model = SharedPrefixLM(lm, bf16=config.optimiser.bf16)
     paths = [_paths(encoder, p, query_by_id, product_by_id) for p in preferences]
     batches: list[list[TokenPath]] = []
@@ -71,7 +72,7 @@ def train_dpo(
             part = rows[start : start + config.micro_batch]
             batches.append([c for c, _ in part] + [r for _, r in part])
     examples = _with_reference(model, batches)
-    model = SharedPrefixLM(add_lora(lm, config.optimiser.lora), bf16=config.optimiser.bf16)
+    model = SharedPrefixLM(make_trainable(lm, config.optimiser), bf16=config.optimiser.bf16)
 
     def stage_loss(
         net: SharedPrefixLM, batch: Example
@@ -108,6 +109,7 @@ def train_dpo(
     )
     trainer.run()
     save_whole(model.lm, tokenizer, out)
+    spec.write(out)
     return {"pairs": len(preferences), "batches": len(batches)}
 
 

@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
-from models.judge.config import GrpoConfig, PromptConfig
+from models.judge.config import GrpoConfig
 from models.judge.pool import PromptPool
 from models.judge.prompt import PromptEncoder
-from models.judge.trainer import JudgeTrainer, add_lora, save_whole
+from models.judge.spec import JudgeSpec
+from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
 from models.lm.rollout import Rollout, sample
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
@@ -194,7 +195,7 @@ class GroupSampler:
 
 def train_grpo(
     base: str,
-    prompt: PromptConfig,
+    spec: JudgeSpec,
     pool: Sequence[Pair],
     config: GrpoConfig,
     out: Path,
@@ -208,12 +209,12 @@ def train_grpo(
         DivergenceError: a loss that is not finite.
     """
     lm, tokenizer = load_lm(base, device=device)
-    encoder = PromptEncoder(tokenizer, prompt)
+    encoder = PromptEncoder(tokenizer, spec)
     reference = None
     if config.beta > 0 and config.optimiser.lora is None:
         reference = SharedPrefixLM(copy.deepcopy(lm).eval(), bf16=config.optimiser.bf16)
         reference.requires_grad_(False)
-    model = SharedPrefixLM(add_lora(lm, config.optimiser.lora), bf16=config.optimiser.bf16)
+    model = SharedPrefixLM(make_trainable(lm, config.optimiser), bf16=config.optimiser.bf16)
     sampler = GroupSampler(model, encoder, pool, config)
 
     def stage_loss(
@@ -237,6 +238,7 @@ def train_grpo(
     )
     trainer.run()
     save_whole(model.lm, tokenizer, out)
+    spec.write(out)
     passes = sampler.pool.passes
     table = [
         {"query_id": p.query.query_id, "product_id": p.product.product_id, "pass_rates": passes[i]}

@@ -7,23 +7,26 @@ shared node is exact.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from models.errors import ConfigError, explain
-from models.judge.config import PromptConfig
+from models.judge.spec import JudgeSpec
 from models.lm.shared_prefix import Path, Segment
 from models.rules.base import RuleBase, load_rules
 from models.rules.evidence import gather
-from models.text import product_text
+from models.text import normalise, product_text
 from models.types import Product, Query
 
 
 class PromptEncoder:
-    """Turns pairs into token segments for one tokenizer and one prompt config."""
+    """Turns pairs into token segments for one tokenizer and one judge spec."""
 
-    def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
+    def __init__(self, tokenizer: Any, spec: JudgeSpec) -> None:
         self.tokenizer = tokenizer
-        self.config = config
+        self.spec = spec
+        self.config = config = spec.prompt
         self.rule_base: RuleBase = load_rules(config.rules)
         self._open, self._middle, self._close = _chat_markers(tokenizer)
         self.end_id: int = tokenizer.eos_token_id
@@ -36,20 +39,25 @@ class PromptEncoder:
 
     @property
     def version(self) -> str:
-        """Identity of everything here but the tokenizer: rule base and prompt config."""
-        return f"{self.rule_base.version}:{self.config.model_dump_json()}"
+        """Identity of everything here but the tokenizer: rules, prompt config, lexicon."""
+        kinds = "" if self.spec.kinds is None else json.dumps(self.spec.kinds.to_json())
+        text = f"{self.rule_base.version}:{self.config.model_dump_json()}:{kinds}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def query_segment(self, query: Query, hint: str = "") -> Segment:
         """The query and the further rules it triggers. `hint` is for guided replay only."""
         extra = "".join(f"{r.text}\n" for r in self.rule_base.concerning(query))
-        text = " ".join(query.text.split())[: self.config.max_query_chars]
+        text = normalise(query.text)[: self.config.max_query_chars]
         return self._encode(f"{extra}query: {text}\n{hint}")
 
     def item_segment(self, query: Query, product: Product) -> Segment:
         """The item, its evidence, and the opening of the assistant's turn."""
         text = " ".join(product_text(product).split())[: self.config.max_item_chars]
-        evidence = gather(query, product).lines() if self.config.evidence else ""
-        return self._encode(f"item: {text}\n{evidence}".rstrip("\n") + self._close)
+        if not self.config.evidence:
+            return self._encode(f"item: {text}{self._close}")
+        evidence = gather(query, product, self.spec.kinds)
+        lines = evidence.lines().rstrip("\n")
+        return self._encode(f"item: {text}\n{lines}{self._close}{evidence.summary()}")
 
     def prompt(self, query: Query, product: Product) -> Path:
         """(rules, query, item): the path whose next token is the response's first."""

@@ -6,22 +6,17 @@ once per call, each product once; chunks are filled by length.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.judge.config import PromptConfig
 from models.judge.prompt import PromptEncoder
+from models.judge.spec import JudgeSpec
 from models.lm.shared_prefix import Frontier, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
 from models.types import Product, Query
-
-JUDGE_FILE = "judge.json"
-"""Beside the weights: the prompt config and, once calibrated, the CumPT threshold."""
 
 
 class ScoringJudge:
@@ -32,22 +27,20 @@ class ScoringJudge:
         model: SharedPrefixLM,
         encoder: PromptEncoder,
         rows_at_once: int = 48,
-        version: str = "unsaved",
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.rows_at_once = rows_at_once
-        self.version = version
         self._root: Frontier | None = None
 
     @classmethod
     def open(
-        cls, folder: str, prompt: PromptConfig, device: str = "cpu", bf16: bool = True
+        cls, folder: str, spec: JudgeSpec, device: str = "cpu", bf16: bool = True
     ) -> ScoringJudge:
         """Load weights for scoring."""
         lm, tokenizer = load_lm(folder, device=device)
         model = SharedPrefixLM(lm.eval(), bf16=bf16)
-        return cls(model, PromptEncoder(tokenizer, prompt), version=folder)
+        return cls(model, PromptEncoder(tokenizer, spec))
 
     @property
     def rules_version(self) -> str:
@@ -72,24 +65,8 @@ class ScoringJudge:
             out[rows] = logp_PL.exp().cpu().numpy()
         return out
 
-    def probabilities(self, query: Query, products: Sequence[Product]) -> np.ndarray:
-        """[K, 4] probabilities for the candidates of one query."""
-        return self.score([(query, product) for product in products])
-
     def _rules(self) -> Frontier:
         if self._root is None:
             tree = build_tree([(self.encoder.root,)]).to(self.model.device)
             self._root, _ = self.model.prefill(tree)
         return self._root
-
-
-def write_judge_file(folder: Path, prompt: PromptConfig, beta_cum: float | None) -> None:
-    """Keep what the weights alone do not say."""
-    body = {"prompt": prompt.model_dump(), "beta_cum": beta_cum}
-    (folder / JUDGE_FILE).write_text(json.dumps(body, indent=1))
-
-
-def read_judge_file(folder: Path) -> tuple[PromptConfig, float | None]:
-    """Inverse of `write_judge_file`."""
-    body = json.loads((folder / JUDGE_FILE).read_text())
-    return PromptConfig(**body["prompt"]), body["beta_cum"]

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from models.errors import DivergenceError, explain
+from models.errors import ConfigError, DivergenceError, explain
 from models.judge.config import LoraSettings, OptimiserConfig
 from models.lm.shared_prefix import SharedPrefixLM
 from models.metrics import Mean
@@ -206,10 +206,28 @@ class _ToSink(TrainerCallback):
         self.bar.close()
 
 
-def add_lora(lm: torch.nn.Module, settings: LoraSettings | None) -> torch.nn.Module:
-    """`lm` with fresh adapters, or unchanged when `settings` is None."""
-    if settings is None:
+def make_trainable(lm: torch.nn.Module, config: OptimiserConfig) -> torch.nn.Module:
+    """`lm` with what `config` trains left trainable: adapters, the top layers, or everything.
+
+    Raises:
+        ConfigError: more layers asked for than the model has.
+    """
+    if config.lora is not None:
+        return _add_lora(lm, config.lora)
+    if config.train_layers is None:
         return lm
+    backbone = getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
+    layers = backbone.layers
+    if config.train_layers > len(layers):
+        got = f"train_layers={config.train_layers}"
+        raise ConfigError(explain(got, f"at most {len(layers)}", "lower it, or use None"))
+    lm.requires_grad_(False)
+    for module in (*layers[len(layers) - config.train_layers :], backbone.norm):
+        module.requires_grad_(True)
+    return lm
+
+
+def _add_lora(lm: torch.nn.Module, settings: LoraSettings) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

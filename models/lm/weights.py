@@ -165,17 +165,28 @@ def load_lm(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = load_tokenizer(path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+            path,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=_attention(device),
         )
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval(), tokenizer
+
+
+def _attention(device: str) -> str:
+    """torch's fused CPU kernel has a slow backward: eager trains a fifth faster there."""
+    return "eager" if device == "cpu" else "sdpa"
 
 
 def _unreadable(path: str, error: Exception) -> WeightsError:

@@ -134,36 +134,33 @@ class JudgeRelevance:
         self.readout: Readout = readout
         self.weight = weight
 
-    def probabilities(self, query: Query, products: Sequence[Product]) -> np.ndarray:
-        """P(grade) [K, 4] float64; the judge is asked only for what the cache lacks.
+    def probabilities(self, pairs: Sequence[tuple[Query, Product]]) -> np.ndarray:
+        """P(grade) [N, 4] float64; the judge is asked, once, only for what the cache lacks.
 
         Raises:
             ConfigError: the judge answers with another number of rows, or not with numbers.
         """
-        keys = [self.cache.key(query, p) for p in products]
+        keys = [self.cache.key(query, product) for query, product in pairs]
         known = self.cache.get(keys)
-        missing = {k: p for k, p in zip(keys, products, strict=True) if k not in known}
+        missing = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}
         if missing:
-            asked = list(missing)
-            rows = self.judge.probabilities(query, list(missing.values()))
-            fresh = dict(zip(asked, _checked(rows, len(asked)), strict=True))
+            rows = self.judge.score(list(missing.values()))
+            fresh = dict(zip(missing, _checked(rows, len(missing)), strict=True))
             self.cache.put(fresh)
             known |= fresh
-        return np.array([known[k] for k in keys], dtype=np.float64).reshape(len(keys), len(GRADES))
+        return np.array([known[k] for k in keys], dtype=np.float64).reshape(-1, len(GRADES))
 
     def __call__(
         self, queries: Sequence[Query], candidates: Sequence[Sequence[Product]]
     ) -> np.ndarray:
         """[Q, K] in [0, 1], float32."""
-        rows = [
-            read_out(self.probabilities(q, products), self.readout)
-            for q, products in zip(queries, candidates, strict=True)
-        ]
-        return np.array(rows, dtype=np.float32).reshape(len(queries), -1)
+        pairs = [(q, p) for q, row in zip(queries, candidates, strict=True) for p in row]
+        scores = read_out(self.probabilities(pairs), self.readout)
+        return scores.astype(np.float32).reshape(len(queries), -1)
 
-    def is_good(self, query: Query, products: Sequence[Product]) -> list[bool]:
-        """Whether each product is of grade 4 or 3 (P3 + P4 >= .5), as Goodrate asks."""
-        return (read_out(self.probabilities(query, products)) >= 0.5).tolist()
+    def is_good(self, pairs: Sequence[tuple[Query, Product]]) -> list[bool]:
+        """Whether each pair is of grade 4 or 3 (P3 + P4 >= .5), as Goodrate asks."""
+        return (read_out(self.probabilities(pairs)) >= 0.5).tolist()
 
 
 def _checked(rows: Iterable[Sequence[float]], expected: int) -> list[tuple[float, ...]]:

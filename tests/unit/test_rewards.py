@@ -31,10 +31,10 @@ class CountingJudge:
     def __init__(self) -> None:
         self.asked = 0
 
-    def probabilities(self, query: Query, products: Sequence[Product]) -> list[list[float]]:
-        self.asked += len(products)
+    def score(self, pairs: Sequence[tuple[Query, Product]]) -> list[list[float]]:
+        self.asked += len(pairs)
         return [
-            [0.1, 0.1, 0.2, 0.6] if "shoe" in p.title else [0.7, 0.1, 0.1, 0.1] for p in products
+            [0.1, 0.1, 0.2, 0.6] if "shoe" in p.title else [0.7, 0.1, 0.1, 0.1] for _, p in pairs
         ]
 
 
@@ -65,7 +65,7 @@ def test_the_judge_is_asked_once_a_pair(tmp_path: Path) -> None:
     assert judge.asked == 2
     assert (reward([Q], [[HAT, SHOE]]) == first[:, [1, 0]]).all()
     assert judge.asked == 2
-    assert reward.is_good(Q, [SHOE, HAT]) == [True, False]
+    assert reward.is_good([(Q, SHOE), (Q, HAT)]) == [True, False]
 
 
 def test_the_cache_survives_a_kill_and_counts_hits(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_what_a_judge_cannot_see_is_not_in_the_key() -> None:
 
 def test_a_broken_judge_is_not_cached() -> None:
     class Broken:
-        def probabilities(self, query: Query, products: Sequence[Product]) -> list[list[float]]:
-            return [[float("nan")] * 4 for _ in products]
+        def score(self, pairs: Sequence[tuple[Query, Product]]) -> list[list[float]]:
+            return [[float("nan")] * 4 for _ in pairs]
 
     cache = ScoreCache(":memory:", "judge-1")
     with pytest.raises(ConfigError, match="finite"):

@@ -1,0 +1,53 @@
+"""What a judge folder holds beside its weights: prompt format, kind lexicon, CumPT threshold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from models.errors import ArtifactError, explain
+from models.judge.config import PromptConfig
+from models.rules.kinds import KindLexicon
+from models.types import Pair
+
+FILE = "judge.json"
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """Everything but the weights that a score depends on; beta_cum is None until calibrated."""
+
+    prompt: PromptConfig
+    kinds: KindLexicon | None = None
+    beta_cum: float | None = None
+
+    @classmethod
+    def fit(cls, prompt: PromptConfig, pairs: Sequence[Pair]) -> JudgeSpec:
+        """The spec of a new judge; the lexicon is learned from the training pairs."""
+        return cls(prompt, KindLexicon.fit(pairs) if prompt.evidence else None)
+
+    def calibrated(self, beta_cum: float) -> JudgeSpec:
+        """The same with a CumPT threshold."""
+        return replace(self, beta_cum=beta_cum)
+
+    def write(self, folder: Path) -> None:
+        """Write judge.json into `folder`."""
+        kinds = None if self.kinds is None else self.kinds.to_json()
+        body = {"prompt": self.prompt.model_dump(), "beta_cum": self.beta_cum, "kinds": kinds}
+        (folder / FILE).write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> JudgeSpec:
+        """Inverse of `write`.
+
+        Raises:
+            ArtifactError: no judge.json there.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise ArtifactError(explain(f"no {FILE} in {folder}", "a judge folder", "train one"))
+        body = json.loads(path.read_text(encoding="utf-8"))
+        kinds = None if body["kinds"] is None else KindLexicon.from_json(body["kinds"])
+        return cls(PromptConfig(**body["prompt"]), kinds, body["beta_cum"])

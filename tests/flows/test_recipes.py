@@ -1,0 +1,134 @@
+"""Recipes: every one parses for every store, and a wrong setting says what would be right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from flows.recipes import RECIPES, STORES, PipelineConfig, recipe, with_settings
+from models.errors import ConfigError
+from models.rules.base import load_rules
+
+EVERY = [(name, store) for name in RECIPES for store in STORES]
+
+
+@pytest.mark.parametrize(("name", "store"), EVERY)
+def test_every_recipe_parses_for_every_store(name: str, store: str) -> None:
+    config = recipe(name, store)
+    assert config.data.source.kind == store
+    assert config.name == (f"{store}-smoke" if name == "smoke" else store)
+    assert load_rules(config.judge.prompt.rules).always
+    again = PipelineConfig.model_validate_json(config.model_dump_json())
+    assert again == config and again.model_dump_json() == config.model_dump_json()
+
+
+def test_recipes_and_stores_differ() -> None:
+    texts = {recipe(name, store).model_dump_json() for name, store in EVERY}
+    assert len(texts) == len(EVERY)
+
+
+def models_in(value: object) -> list[BaseModel]:
+    """`value` and every config below it."""
+    if not isinstance(value, BaseModel):
+        return []
+    fields = [getattr(value, name) for name in type(value).model_fields]
+    return [value] + [inner for field in fields for inner in models_in(field)]
+
+
+def test_configs_are_frozen_and_closed() -> None:
+    found = models_in(recipe("smoke", "synthetic"))
+    assert len(found) > 15
+    for config in found:
+        name = next(iter(type(config).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(config, name, getattr(config, name))
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            type(config)(**{**config.model_dump(), "no_such_field": 1})
+
+
+def test_the_form_explains_its_fields() -> None:
+    """Prefect shows the schema as a form: attribute docstrings must reach it."""
+    schema = json.dumps(PipelineConfig.model_json_schema())
+    assert "the paper reports pass@1..5" in schema
+    assert "the paper's ablation" in schema
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "value"),
+    [
+        ("judge.dpo.beta=0.2", "judge.dpo.beta", 0.2),
+        ("judge.grpo.gamma=null", "judge.grpo.gamma", None),
+        (" judge.base =tiny", "judge.base", "tiny"),
+        ("judge.base=a=b", "judge.base", "a=b"),
+        ("judge.sft.optimiser.lora={}", "judge.sft.optimiser.lora.r", 16),
+        ("embedder.evaluation.ks=[5, 20]", "embedder.evaluation.ks", (5, 20)),
+        ("data.source.num_products=500", "data.source.num_products", 500),
+    ],
+)
+def test_one_setting_changes_and_no_other(change: str, path: str, value: object) -> None:
+    before = recipe("small", "synthetic")
+    after: object = recipe("small", "synthetic", [change])
+    assert isinstance(after, PipelineConfig)
+    old, new = (flat(c.model_dump()) for c in (before, after))
+    key = change.partition("=")[0].strip()
+    assert {k for k in new if old.get(k, "?") != new[k] and not k.startswith(key)} == set()
+    for part in path.split("."):
+        after = getattr(after, part)
+    assert after == value
+
+
+def flat(body: object, prefix: str = "") -> dict[str, object]:
+    """Leaves of nested dicts by dotted path."""
+    if not isinstance(body, dict) or not body:
+        return {prefix: body}
+    return {
+        k: v
+        for key, inner in body.items()
+        for k, v in flat(inner, f"{prefix}.{key}".strip(".")).items()
+    }
+
+
+def test_later_changes_win_and_the_original_stays() -> None:
+    before = recipe("small", "synthetic")
+    after = with_settings(before, ["judge.dpo.beta=0.2", "judge.dpo.beta=0.3"])
+    assert (before.judge.dpo.beta, after.judge.dpo.beta) == (0.1, 0.3)
+    assert with_settings(before, []) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("judge.dpo.bta=0.2", r"'judge\.dpo\.bta'.*beta.*under judge\.dpo"),
+        ("jduge.dpo.beta=0.2", r"data, embedder, judge"),
+        ("judge.dpo.beta.x=0.2", r"beta.*under judge\.dpo"),
+        ("judge.dpo", r"judge\.dpo.*key=value"),
+        ("=1", r"one of data, embedder, judge"),
+        ("", r"key=value"),
+        ("judge.dpo.beta=-1", r"judge\.dpo\.beta = -1.*greater than 0"),
+        ("judge.dpo.beta=many", r"judge\.dpo\.beta = 'many'.*number"),
+        ("judge.dpo.kind=hinge", r"judge\.dpo\.kind = 'hinge'.*sigmoid"),
+        ("judge.dpo=3", r"judge\.dpo = 3"),
+        ("judge.grpo.group_size=1", r"group_size = 1.*greater than or equal to 2"),
+        ("name=Upper Case", r"name = 'Upper Case'"),
+        ("data.source.kind=nowhere", r"nowhere.*synthetic"),
+    ],
+)
+def test_a_wrong_change_is_one_clear_error(change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        recipe("small", "synthetic", [change])
+    text = str(raised.value)
+    assert "got " in text and "expected " in text and "do this: " in text
+
+
+def test_splits_that_leave_nothing_are_refused_as_a_setting() -> None:
+    with pytest.raises(ConfigError, match="less than 1 together"):
+        recipe("small", "synthetic", ["data.split.test=0.9"])
+
+
+@pytest.mark.parametrize(("name", "store"), [("tiny", "synthetic"), ("small", "amazon")])
+def test_unknown_recipe_and_store_name_the_known(name: str, store: str) -> None:
+    known = "smoke, small, full" if name == "tiny" else "synthetic, homedepot"
+    with pytest.raises(ConfigError, match=known):
+        recipe(name, store)
