@@ -16,6 +16,13 @@ from tasks.registry import champion
 from tasks.release import model_name
 from tasks.settings import settings
 
+OPTIONAL_COLUMNS: dict[str, tuple[type, ...]] = {
+    "description": (str,),
+    "brand": (str,),
+    "category": (str,),
+    "attributes": (dict, list),
+    "price": (int, float),
+}
 MODES = ("vector", "lexical", "hybrid")
 
 
@@ -140,6 +147,10 @@ def score_table(judge: Champion, source: Path, out: Path) -> int:
     if missing:
         got = f"{source} with columns {table.column_names}"
         raise DataContractError(explain(got, f"columns {missing} as well", "add them"))
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(
+            explain(f"--out {out}", "a file in an existing folder", "make the folder")
+        )
     pairs = [_pair(i, row, source) for i, row in enumerate(table.to_pylist())]
     rows = judge.grade(pairs, desc="scoring")
     for name in ("grade", "p1", "p2", "p3", "p4", "tier"):
@@ -159,14 +170,19 @@ def _pair(index: int, row: Mapping[str, Any], source: Path) -> tuple[Query, Prod
         if not isinstance(row[name], str) or not row[name].strip():
             got = f"{name} {row[name]!r} in row {index} of {source}"
             raise DataContractError(explain(got, "some text", "drop or fill that row"))
-    attributes = row.get("attributes") or {}
-    return Query(str(index), row["query"]), Product(
-        str(index),
+    for name, kinds in OPTIONAL_COLUMNS.items():
+        value = row.get(name)
+        if value is not None and not isinstance(value, kinds):
+            got = f"{name} {value!r} in row {index} of {source}"
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise DataContractError(explain(got, expected, f"convert the column {name}"))
+    return Query(f"row:{index}", row["query"]), Product(
+        f"row:{index}",
         row["title"],
         description=row.get("description") or "",
         brand=row.get("brand") or "",
         category=row.get("category") or "",
-        attributes=dict(attributes),
+        attributes=dict(row.get("attributes") or {}),
         price=row.get("price"),
     )
 

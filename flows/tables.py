@@ -35,7 +35,7 @@ RETRIEVAL_COLUMNS = {
     "judged@10": "judged@10",
     "lexical_overlap@10": "lex@10",
     "bm25_overlap@10": "BM25@10",
-    "item_quality@10": "quality",
+    "quality@10": "quality",
 }
 
 

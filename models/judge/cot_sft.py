@@ -129,15 +129,14 @@ def train_cot_sft(
         prepared += _epoch(encoder, chosen, config, rng)
     _show_first(encoder, prepared[0])
     model = SharedPrefixLM(make_trainable(lm, config.optimiser), bf16=config.optimiser.bf16)
-    counts = {"tokens": 0.0, "plain_tokens": 0.0}
+    tokens = sum(build_tree(paths).num_tokens for paths, _ in prepared)
+    plain = sum(len(segment) for paths, _ in prepared for path in paths for segment in path)
 
     def stage_loss(
         net: SharedPrefixLM, batch: tuple[list[TokenPath], list[int]]
     ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
         paths, grade_at = batch
         tree = build_tree(paths).to(model.device)
-        counts["tokens"] += tree.num_tokens
-        counts["plain_tokens"] += sum(len(s) for p in paths for s in p)
         at_P = torch.tensor(grade_at, device=model.device)
         yield sft_loss(net(tree), at_P, config.grade_share)
 
@@ -154,8 +153,7 @@ def train_cot_sft(
     trainer.run()
     save_whole(model.lm, tokenizer, out)
     spec.write(out)
-    saved = 1 - counts["tokens"] / max(counts["plain_tokens"], 1)
-    return {"pairs": len(chosen), "tokens": counts["tokens"], "shared_token_share": saved}
+    return {"pairs": len(chosen), "tokens": tokens, "shared_token_share": 1 - tokens / plain}
 
 
 def _epoch(

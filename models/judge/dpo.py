@@ -58,8 +58,9 @@ def train_dpo(
         DivergenceError: the loss stopped being finite.
     """
     if not preferences:
-        got = "no preference pairs: every sampled response had the same verdict"
-        raise DataContractError(explain(got, "at least one", "raise pass_at_n.prompts or samples"))
+        got = "no preference pairs: every prompt's finished responses were all right, or none ended"
+        do = "raise pass_at_n.prompts or samples, or max_new_tokens if responses are cut off"
+        raise DataContractError(explain(got, "at least one", do))
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
     encoder = PromptEncoder(tokenizer, spec)

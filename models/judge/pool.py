@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from models.errors import DataContractError, explain
 from models.judge.config import PoolConfig
 from models.types import GRADES, Pair
 
@@ -28,7 +29,12 @@ def choose_pool(
 
     Args:
         confidence: [N] largest grade probability of each pair.
+
+    Raises:
+        DataContractError: no pairs.
     """
+    if not pairs:
+        raise DataContractError(explain("no pairs for the RL pool", "labelled pairs", "add labels"))
     order = np.argsort(confidence, kind="stable")
     by_grade: dict[int, list[int]] = {g: [] for g in GRADES}
     for i in order:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from models.errors import ConfigError, explain
@@ -29,6 +30,8 @@ class PromptEncoder:
         self.config = config = spec.prompt
         self.rule_base: RuleBase = load_rules(config.rules)
         self._open, self._middle, self._close = _chat_markers(tokenizer)
+        marks = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, marks)) or r"(?!)", re.IGNORECASE)
         self.end_id: int = tokenizer.eos_token_id
         self.label_ids: list[int] = [
             tokenizer.encode(g, add_special_tokens=False)[0] for g in "1234"
@@ -47,12 +50,12 @@ class PromptEncoder:
     def query_segment(self, query: Query, hint: str = "") -> Segment:
         """The query and the further rules it triggers. `hint` is for guided replay only."""
         extra = "".join(f"{r.text}\n" for r in self.rule_base.concerning(query))
-        text = normalise(query.text)[: self.config.max_query_chars]
+        text = normalise(self._plain(query.text))[: self.config.max_query_chars]
         return self._encode(f"{extra}query: {text}\n{hint}")
 
     def item_segment(self, query: Query, product: Product) -> Segment:
         """The item, its evidence, and the opening of the assistant's turn."""
-        text = " ".join(product_text(product).split())[: self.config.max_item_chars]
+        text = " ".join(self._plain(product_text(product)).split())[: self.config.max_item_chars]
         if not self.config.evidence:
             return self._encode(f"item: {text}{self._close}")
         evidence = gather(query, product, self.spec.kinds)
@@ -70,6 +73,10 @@ class PromptEncoder:
     def decode(self, ids: Segment) -> str:
         """Text of a sampled response, end token dropped."""
         return self.tokenizer.decode([i for i in ids if i != self.end_id])
+
+    def _plain(self, text: str) -> str:
+        """Shop text without the tokenizer's control tokens: it must not open a turn of its own."""
+        return self._control.sub(" ", text)
 
     def _encode(self, text: str) -> Segment:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))

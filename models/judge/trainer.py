@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from models.errors import ConfigError, DivergenceError, explain
 from models.judge.config import LoraSettings, OptimiserConfig
@@ -83,6 +82,7 @@ class JudgeTrainer(Trainer):
         self.stage = stage
         self.sink = sink
         self.means = Mean()
+        self.last_row: dict[str, float] = {}
         self.sampler_state = sampler_state
         steps = math.ceil(len(batches) / accumulate)
         arguments = TrainingArguments(
@@ -130,19 +130,22 @@ class JudgeTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for loss, metrics in self.stage_loss(model, inputs["batch"]):
             if not torch.isfinite(loss):
-                last = self.means.peek()
-                raise DivergenceError(
-                    explain(
-                        f"loss {loss.item()} at step {self.state.global_step} of {self.stage}, "
-                        f"last metrics {last}",
-                        "a finite loss",
-                        "lower the learning rate, or start again from the stage before",
-                    )
-                )
+                raise self.diverged(f"loss {loss.item()}")
             self.means.add(metrics)
             self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
             total += loss.detach() / self.args.gradient_accumulation_steps
         return total
+
+    def diverged(self, what: str) -> DivergenceError:
+        """The error of a run that left the numbers, with where and after what."""
+        last = self.means.peek() or self.last_row
+        return DivergenceError(
+            explain(
+                f"{what} at step {self.state.global_step} of {self.stage}, last metrics {last}",
+                "finite numbers",
+                "lower the learning rate, or start again from the stage before",
+            )
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights as safetensors under the wrapped model's own names, and the sampler's state."""
@@ -174,10 +177,16 @@ class JudgeTrainer(Trainer):
     def run(self) -> None:
         """Train, going on from the last whole checkpoint under scratch if there is one."""
         folder = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = _last_whole_checkpoint(folder)
         if last is not None:
-            log.info("%s: going on from %s", self.stage, Path(last).name)
-        self.train(resume_from_checkpoint=last)
+            log.info("%s: going on from %s", self.stage, last.name)
+        self.train(resume_from_checkpoint=None if last is None else str(last))
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose trainer_state.json, written last, is there."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 class _ToSink(TrainerCallback):
@@ -196,6 +205,10 @@ class _ToSink(TrainerCallback):
                 row[name] = float(logs[name])
         if "loss" not in row:
             return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(row.get(name, 0.0)):
+                raise self.trainer.diverged(f"{name} {row[name]}")
+        self.trainer.last_row = row
         prefix = f"judge/{self.trainer.stage}/"
         self.trainer.sink.log({prefix + k: v for k, v in row.items()}, state.global_step)
         self.bar.update(state.global_step - self.bar.n)

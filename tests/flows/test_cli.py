@@ -242,7 +242,6 @@ def test_score_of_something_else(relearn: Relearn, chain: Chain, tmp_path: Path)
     relearn("score", tmp_path / "absent.parquet", *tail).check_refused("absent.parquet")
 
 
-@pytest.mark.xfail(strict=True, reason="score_table looks at the types of query and title only")
 def test_score_with_product_columns_of_another_type(
     relearn: Relearn, chain: Chain, tmp_path: Path
 ) -> None:
@@ -258,7 +257,6 @@ def test_score_with_product_columns_of_another_type(
     relearn("score", brands, *tail).check_refused("brand", "row 0")
 
 
-@pytest.mark.xfail(strict=True, reason="--out is first opened after the scoring")
 def test_score_into_a_folder_that_is_not_there(
     relearn: Relearn, chain: Chain, tmp_path: Path
 ) -> None:

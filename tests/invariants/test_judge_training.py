@@ -221,7 +221,6 @@ def test_a_run_that_died_after_its_last_step_is_only_saved(
     assert largest_gap(folder / "out", tmp_path / "out") == 0
 
 
-@pytest.mark.xfail(strict=True, reason="JudgeTrainer.run takes the newest folder")
 def test_a_half_written_checkpoint_is_passed_over(
     straight_sft: tuple[Path, ListSink], base: str, pairs: list[Pair], tmp_path: Path
 ) -> None:
@@ -240,19 +239,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     base: str, pairs: list[Pair], tmp_path: Path
 ) -> None:
     config = SFT.model_copy(update={"optimiser": WILD})
-    with pytest.raises(DivergenceError, match=r"loss (nan|inf) at step 2 of cot_sft"):
+    with pytest.raises(DivergenceError, match=r"(loss|grad_norm) (nan|inf) at step \d of cot_sft"):
         train_cot_sft(base, SPEC, pairs, config, tmp_path / "out", tmp_path / "scratch", NullSink())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the means are empty after each log")
 def test_the_last_metrics_are_in_the_message(base: str, pairs: list[Pair], tmp_path: Path) -> None:
     config = SFT.model_copy(update={"optimiser": WILD})
     with pytest.raises(DivergenceError, match=r"last metrics \{.*nll_grade"):
         train_cot_sft(base, SPEC, pairs, config, tmp_path / "out", tmp_path / "scratch", NullSink())
 
 
-@pytest.mark.xfail(strict=True, reason="only losses are checked")
 def test_a_gradient_that_is_not_finite_stops_the_run_even_at_the_last_step(
     base: str, pairs: list[Pair], tmp_path: Path
 ) -> None:
@@ -764,7 +761,6 @@ def test_no_gold_grade_and_no_hint_enters_a_scoring_prompt(
         )
 
 
-@pytest.mark.xfail(strict=True, reason="special tokens in texts are parsed")
 def test_chat_markers_in_a_title_stay_text(scorer: ScoringJudge) -> None:
     """A seller's title must not be able to close the prompt and answer for the judge."""
     clean = make_pair(title="Red sofa")
