@@ -106,9 +106,9 @@ def small(store: str = "synthetic") -> PipelineConfig:
             base="smollm2-135m-instruct",
             prompt=_prompt(store),
             sft=SftConfig(
-                optimiser=top, max_pairs=1200, cot_share=0.4, micro_batch=16, accumulate=1
+                optimiser=top, max_pairs=1440, cot_share=0.35, micro_batch=16, accumulate=1
             ),
-            pass_at_n=PassAtNConfig(prompts=64, samples=4),
+            pass_at_n=PassAtNConfig(prompts=64, samples=4, max_new_tokens=56),
             dpo=DpoConfig(optimiser=gentle, micro_batch=6),
             grpo=GrpoConfig(
                 optimiser=gentle.model_copy(update={"schedule": "constant_with_warmup"}),
@@ -116,11 +116,12 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 steps=5,
                 prompts_per_step=6,
                 group_size=4,
+                max_new_tokens=56,
                 max_refills=1,
                 responses_at_once=12,
             ),
             calibration=CalibrationConfig(max_pairs=300),
-            answers=AnswersConfig(max_pairs=300, reasoning_pairs=48),
+            answers=AnswersConfig(max_pairs=300, reasoning_pairs=48, max_new_tokens=56),
         ),
         embedder=EmbedderConfig(
             base="all-minilm-l6-v2",

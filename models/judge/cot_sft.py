@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from models.errors import ConfigError, explain
 from models.judge.config import SftConfig
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
@@ -118,8 +119,12 @@ def train_cot_sft(
         counts: pairs used, tokens computed, share of tokens saved by the shared prefix.
 
     Raises:
+        ConfigError: grade-only pairs for a judge that thinks first.
         DivergenceError: the loss stopped being finite.
     """
+    if spec.prompt.order == "think_then_respond" and config.cot_share < 1:
+        got = f"cot_share={config.cot_share} with think_then_respond"
+        raise ConfigError(explain(got, "cot_share=1: its grade comes after the steps", "set it"))
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
     encoder = PromptEncoder(tokenizer, spec)
@@ -176,7 +181,10 @@ def _prepare(
     order = encoder.config.order
     paths, grade_at = [], []
     for pair in batch:
-        response = encoder.response_segment(write(pair, order) if with_steps else str(pair.grade))
+        if with_steps:
+            response = encoder.response_segment(write(pair, order))
+        else:  # no end token: a grade alone is a cut response, not one that ends there
+            response = (encoder.label_ids[pair.grade - 1],)
         paths.append((*encoder.prompt(pair.query, pair.product), response))
         grade_at.append(0 if order == "respond_then_think" else len(response) - 2)
     return paths, grade_at

@@ -58,9 +58,8 @@ def train_dpo(
         DivergenceError: the loss stopped being finite.
     """
     if not preferences:
-        got = "no preference pairs: every prompt's finished responses were all right, or none ended"
-        do = "raise pass_at_n.prompts or samples, or max_new_tokens if responses are cut off"
-        raise DataContractError(explain(got, "at least one", do))
+        got = "no preference pairs: no prompt had a wrong response"
+        raise DataContractError(explain(got, "at least one", "raise pass_at_n.prompts or samples"))
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
     encoder = PromptEncoder(tokenizer, spec)
@@ -123,7 +122,10 @@ def _paths(
     query, product = query_by_id[preference.query_id], product_by_id[preference.product_id]
     head = encoder.prompt(query, product)
     chosen = encoder.response_segment(preference.chosen)
-    return (*head, chosen), (*head, encoder.response_segment(preference.rejected))
+    rejected = encoder.response_segment(preference.rejected)
+    if not preference.rejected_ended:
+        rejected = rejected[:-1]
+    return (*head, chosen), (*head, rejected)
 
 
 @torch.no_grad()

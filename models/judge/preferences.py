@@ -44,13 +44,17 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """chosen and rejected are response texts; source: self_correction or oracle_guidance."""
+    """chosen and rejected are response texts; source: self_correction or oracle_guidance.
+
+    rejected_ended: False when the rejected response was cut off: its end token was never sampled.
+    """
 
     query_id: str
     product_id: str
     chosen: str
     rejected: str
     source: str
+    rejected_ended: bool = True
 
 
 def is_contradicting(response: Response) -> bool:
@@ -123,17 +127,18 @@ def build_preferences(
     out: list[Preference] = []
     for pair, group in zip(pairs, groups, strict=True):
         right = list(dict.fromkeys(s.text for s in group if s.correct))
-        wrong: dict[int | None, str] = {}
+        wrong: dict[int | None, Sampled] = {}
         for s in group:
-            if not s.correct and s.finished:
-                wrong.setdefault(s.grade, s.text)
+            # a right grade that was cut off is no mistake to unlearn
+            if not s.correct and s.text and (s.finished or s.grade != s.gold):
+                wrong.setdefault(s.grade, s)
         source = "self_correction" if right else "oracle_guidance"
         chosen = right or [write(pair, order)]  # type: ignore[arg-type]
         for i, rejected in enumerate(list(wrong.values())[: config.pairs_per_prompt]):
             best = chosen[i % len(chosen)]
-            if best != rejected:
+            if best != rejected.text:
                 ids = (pair.query.query_id, pair.product.product_id)
-                out.append(Preference(*ids, best, rejected, source))
+                out.append(Preference(*ids, best, rejected.text, source, rejected.finished))
     return out
 
 

@@ -47,8 +47,7 @@ SMALLER = (
     "embedder.index.sample=20",
     "embedder.evaluation.judged_queries=3",
 )
-"""The smoke recipe in half a minute. Without reasoning the tiny judge learns to stop, so that its
-responses finish within six tokens and preference pairs come of them."""
+"""The smoke recipe in half a minute: grades alone, so no response ends within its six tokens."""
 
 
 def small_config(*changes: str) -> PipelineConfig:
