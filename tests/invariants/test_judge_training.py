@@ -198,8 +198,10 @@ def test_only_the_asked_layers_are_trained(base: str, pairs: list[Pair], tmp_pat
         train_cot_sft(base, SPEC, pairs, asked, tmp_path / "o", tmp_path / "s", NullSink())
 
 
-@pytest.mark.parametrize("order", ["respond_then_think", "think_then_respond"])
-@pytest.mark.parametrize("with_steps", [True, False])
+@pytest.mark.parametrize(
+    ("order", "with_steps"),
+    [("respond_then_think", True), ("respond_then_think", False), ("think_then_respond", True)],
+)
 def test_the_grade_is_where_the_loss_looks_for_it(
     base: str, pairs: list[Pair], order: Any, with_steps: bool
 ) -> None:
@@ -207,7 +209,8 @@ def test_the_grade_is_where_the_loss_looks_for_it(
     paths, grade_at = _prepare(encoder, pairs[:8], with_steps)
     found = [path[-1][at] for path, at in zip(paths, grade_at, strict=True)]
     assert found == [encoder.label_ids[p.grade - 1] for p in pairs[:8]]
-    assert all(path[-1][-1] == encoder.end_id for path in paths)
+    # a grade alone must not teach that responses end after the grade
+    assert all((path[-1][-1] == encoder.end_id) == with_steps for path in paths)
     assert (max(len(path[-1]) for path in paths) == 2) is not with_steps
 
 
@@ -769,3 +772,25 @@ def test_chat_markers_in_a_title_stay_text(scorer: ScoringJudge) -> None:
     special = set(scorer.encoder.tokenizer.all_special_ids)
     counts = [sum(i in special for i in segment) for segment in segments]
     assert counts[0] == counts[1]
+
+
+def test_grade_only_pairs_are_refused_for_a_judge_that_thinks_first(
+    base: str, pairs: list[Pair], tmp_path: Path
+) -> None:
+    spec = JudgeSpec(PromptConfig(order="think_then_respond"))
+    with pytest.raises(ConfigError, match="cot_share=1"):
+        train_cot_sft(base, spec, pairs, SFT, tmp_path / "out", tmp_path / "scratch", NullSink())
+
+
+def test_a_cut_off_response_is_rejected_only_for_a_wrong_grade() -> None:
+    pair = make_pair(grade=4)
+
+    def cut(grade: int) -> Sampled:
+        ids = (pair.query.query_id, pair.product.product_id)
+        return Sampled(*ids, 4, f"{grade}\nquery: a", grade, False, False, False)
+
+    config = PassAtNConfig(prompts=1, samples=2)
+    made = build_preferences([pair], [[cut(4), cut(1)]], config, "respond_then_think")
+    assert [(p.rejected[0], p.rejected_ended, p.source) for p in made] == [
+        ("1", False, "oracle_guidance")
+    ]
