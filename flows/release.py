@@ -16,7 +16,7 @@ from tasks.settings import settings
 @flow(name="release", log_prints=False)
 def release(name: str, judge: JudgeResult, retriever: EmbedderResult) -> list[dict[str, Any]]:
     """Register candidates, and a first champion where there is none."""
-    register = task(register_candidates, name="register", persist_result=False)
+    register = task(name="register", persist_result=False)(register_candidates)
     artifacts = ArtifactStore(settings().model_copy(update={"experiment": name}))
     refs = {"judge": judge.judge, "embedder": retriever.embedder, "index": retriever.index}
     evaluations = {"judge": judge.evaluation, "retrieval": retriever.evaluation}

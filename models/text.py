@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 from models.types import Product
 
@@ -19,7 +20,7 @@ _STOP = frozenset(
 
 
 @functools.cache
-def _stemmer():
+def _stemmer() -> Any:  # PyStemmer ships no types
     import Stemmer
 
     return Stemmer.Stemmer("english")

@@ -309,6 +309,6 @@ def _reference_logps(
     """Log-probs under the stage's input: the frozen copy, or the policy with adapters off."""
     if reference is not None:
         return reference(tree, temperature=temperature).logp_PT
-    inner = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)
     with inner.lm.disable_adapter():
         return inner(tree, temperature=temperature).logp_PT
