@@ -108,12 +108,12 @@ def small(store: str = "synthetic") -> PipelineConfig:
             sft=SftConfig(
                 optimiser=top, max_pairs=1440, cot_share=0.35, micro_batch=16, accumulate=1
             ),
-            pass_at_n=PassAtNConfig(prompts=64, samples=4, max_new_tokens=56),
+            pass_at_n=PassAtNConfig(prompts=40, samples=4, max_new_tokens=56),
             dpo=DpoConfig(optimiser=gentle, micro_batch=6),
             grpo=GrpoConfig(
                 optimiser=gentle.model_copy(update={"schedule": "constant_with_warmup"}),
-                pool=PoolConfig(candidates=240, size=96),
-                steps=5,
+                pool=PoolConfig(candidates=160, size=80),
+                steps=4,
                 prompts_per_step=6,
                 group_size=4,
                 max_new_tokens=56,
@@ -121,7 +121,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 responses_at_once=12,
             ),
             calibration=CalibrationConfig(max_pairs=300),
-            answers=AnswersConfig(max_pairs=300, reasoning_pairs=48, max_new_tokens=56),
+            answers=AnswersConfig(max_pairs=300, reasoning_pairs=32, max_new_tokens=56),
         ),
         embedder=EmbedderConfig(
             base="all-minilm-l6-v2",
@@ -135,7 +135,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 val_reward_queries=16,
                 max_tokens=64,
             ),
-            evaluation=RetrievalEvalConfig(judged_queries=40),
+            evaluation=RetrievalEvalConfig(judged_queries=30),
         ),
     )
 
