@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
-from tasks.registry import first_champion_if_none, register
+from tasks.registry import first_champion_if_none, get, register
 
 ROLES = ("judge", "embedder", "index")
 
@@ -27,7 +27,7 @@ def register_candidates(
     """Make every ref a version with alias `candidate`; the first of its name is also `champion`.
 
     Returns:
-        one row a model: name, version, whether it is the champion, fingerprint.
+        one row a model: name, version, its aliases, artifact.
     """
     judge = read_table(artifacts.path(evaluations["judge"]), JUDGE_TABLE)
     retrieval = read_table(artifacts.path(evaluations["retrieval"]), RETRIEVAL_TABLE)
@@ -41,8 +41,10 @@ def register_candidates(
         name = model_name(store_name, role)
         tags = {f"evaluation_{k}": ref.label for k, ref in evaluations.items()}
         version = register(name, refs[role], metrics[role], tags, store=artifacts)
-        first = first_champion_if_none(name, version, store=artifacts)
-        alias = "candidate, champion" if first else "candidate"
+        first_champion_if_none(name, version, store=artifacts)
+        made = get(name, version, store=artifacts)
+        assert made is not None, "it was registered above"
+        alias = ", ".join(made.aliases)
         rows.append(
             {"model": name, "version": version, "alias": alias, "artifact": refs[role].label}
         )
