@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -97,8 +98,18 @@ def judge(tmp_path_factory: pytest.TempPathFactory, base: str, pairs: list[Pair]
     """A tiny judge that answers one grade and stops: every rollout is short and readable."""
     folder = tmp_path_factory.mktemp("judge")
     config = SFT.model_copy(update={"cot_share": 0.0, "epochs": 6, "max_pairs": 48})
-    train_cot_sft(base, SPEC, pairs, config, folder / "out", folder / "scratch", NullSink())
+    with patch("models.judge.cot_sft._prepare", grade_and_stop):
+        train_cot_sft(base, SPEC, pairs, config, folder / "out", folder / "scratch", NullSink())
     return str(folder / "out")
+
+
+def grade_and_stop(
+    encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool
+) -> tuple[list[Any], list[int]]:
+    """Responses of the grade and the end token, which no stage of ours teaches."""
+    ends = [(encoder.label_ids[p.grade - 1], encoder.end_id) for p in batch]
+    paths = [(*encoder.prompt(p.query, p.product), e) for p, e in zip(batch, ends, strict=True)]
+    return paths, [0] * len(batch)
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -211,7 +222,7 @@ def test_the_grade_is_where_the_loss_looks_for_it(
     assert found == [encoder.label_ids[p.grade - 1] for p in pairs[:8]]
     # a grade alone must not teach that responses end after the grade
     assert all((path[-1][-1] == encoder.end_id) == with_steps for path in paths)
-    assert (max(len(path[-1]) for path in paths) == 2) is not with_steps
+    assert (max(len(path[-1]) for path in paths) == 1) is not with_steps
 
 
 def test_a_run_that_died_after_its_last_step_is_only_saved(
@@ -403,7 +414,8 @@ def test_oracle_guidance_takes_the_teachers_response_where_none_is_right() -> No
 
 def test_groups_that_teach_nothing_make_no_pair() -> None:
     assert preferences([RIGHT, OTHER_RIGHT]) == []
-    assert preferences([RIGHT, CUT]) == []  # a cut response is no counter-example
+    # a cut response is a counter-example where its grade is wrong
+    assert preferences([RIGHT, CUT]) == [("4 a", "2 z", "self_correction")]
     same = sampled(write(make_pair(grade=4), "respond_then_think"), 1)
     assert preferences([same, same]) == []
 
