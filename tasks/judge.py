@@ -47,7 +47,7 @@ def _store(ctx: StageContext, ref: ArtifactRef) -> Store:
     return Store.read(ctx.open(ref) / "store")
 
 
-@stage(name="judge_prompt", kind="judge", code_version="1")
+@stage(name="judge_prompt", kind="judge", code_version="2")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format and the kind lexicon of the training queries; every judge reads by it.
 

@@ -15,7 +15,7 @@ from typing import Any
 from models.errors import ConfigError, explain
 from models.judge.spec import JudgeSpec
 from models.lm.shared_prefix import Path, Segment
-from models.rules.base import RuleBase, load_rules
+from models.rules.base import RuleBase
 from models.rules.evidence import gather
 from models.text import normalise, product_text
 from models.types import Product, Query
@@ -27,8 +27,8 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, spec: JudgeSpec) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
-        self.config = config = spec.prompt
-        self.rule_base: RuleBase = load_rules(config.rules)
+        self.config = spec.prompt
+        self.rule_base: RuleBase = spec.rule_base
         self._open, self._middle, self._close = _chat_markers(tokenizer)
         marks = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, marks)) or r"(?!)", re.IGNORECASE)

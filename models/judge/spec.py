@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from models.errors import ArtifactError, explain
 from models.judge.config import PromptConfig
+from models.rules.base import Rule, RuleBase, load_rules
 from models.rules.kinds import KindLexicon
 from models.types import Pair
 
@@ -22,11 +23,19 @@ class JudgeSpec:
     prompt: PromptConfig
     kinds: KindLexicon | None = None
     beta_cum: float | None = None
+    rules: RuleBase | None = None
+    """The rules themselves: a judge keeps those it was trained with when their file is edited."""
+
+    @property
+    def rule_base(self) -> RuleBase:
+        """The judge's own rules; those of `prompt.rules` as they are now where it keeps none."""
+        return self.rules or load_rules(self.prompt.rules)
 
     @classmethod
     def fit(cls, prompt: PromptConfig, pairs: Sequence[Pair]) -> JudgeSpec:
         """The spec of a new judge; the lexicon is learned from the training pairs."""
-        return cls(prompt, KindLexicon.fit(pairs) if prompt.evidence else None)
+        kinds = KindLexicon.fit(pairs) if prompt.evidence else None
+        return cls(prompt, kinds, rules=load_rules(prompt.rules))
 
     def calibrated(self, beta_cum: float) -> JudgeSpec:
         """The same with a CumPT threshold."""
@@ -35,7 +44,12 @@ class JudgeSpec:
     def write(self, folder: Path) -> None:
         """Write judge.json into `folder`."""
         kinds = None if self.kinds is None else self.kinds.to_json()
-        body = {"prompt": self.prompt.model_dump(), "beta_cum": self.beta_cum, "kinds": kinds}
+        body = {
+            "prompt": self.prompt.model_dump(),
+            "beta_cum": self.beta_cum,
+            "kinds": kinds,
+            "rules": [asdict(rule) for rule in self.rule_base.rules],
+        }
         (folder / FILE).write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -50,4 +64,6 @@ class JudgeSpec:
             raise ArtifactError(explain(f"no {FILE} in {folder}", "a judge folder", "train one"))
         body = json.loads(path.read_text(encoding="utf-8"))
         kinds = None if body["kinds"] is None else KindLexicon.from_json(body["kinds"])
-        return cls(PromptConfig(**body["prompt"]), kinds, body["beta_cum"])
+        prompt = PromptConfig(**body["prompt"])
+        rules = RuleBase(prompt.rules, tuple(Rule(**row) for row in body["rules"]))
+        return cls(prompt, kinds, body["beta_cum"], rules)

@@ -1,0 +1,40 @@
+"""What a judge folder says about itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.errors import ArtifactError
+from models.judge.config import PromptConfig
+from models.judge.spec import JudgeSpec
+from tests.builders import make_pair
+
+
+def test_round_trip_with_lexicon_rules_and_threshold(tmp_path: Path) -> None:
+    pairs = [make_pair("couch", "x", category="Home > Sofas"), make_pair("lamp", "y", category="L")]
+    spec = JudgeSpec.fit(PromptConfig(rules="homedepot"), pairs).calibrated(0.4)
+    spec.write(tmp_path)
+    again = JudgeSpec.read(tmp_path)
+    assert (again.prompt, again.beta_cum, again.rules) == (spec.prompt, 0.4, spec.rules)
+    assert again.kinds is not None and spec.kinds is not None
+    assert again.kinds.to_json() == spec.kinds.to_json()
+
+
+def test_a_judge_keeps_the_rules_it_was_trained_with(tmp_path: Path) -> None:
+    rules = tmp_path / "own.json"
+    rules.write_text(json.dumps([{"id": "A", "text": "old", "scope": "always"}]))
+    JudgeSpec.fit(PromptConfig(rules=str(rules)), []).write(tmp_path)
+    rules.write_text(json.dumps([{"id": "A", "text": "new", "scope": "always"}]))
+    assert JudgeSpec.read(tmp_path).rule_base.rules[0].text == "old"
+
+
+def test_without_evidence_there_is_no_lexicon() -> None:
+    assert JudgeSpec.fit(PromptConfig(evidence=False), [make_pair()]).kinds is None
+
+
+def test_a_folder_that_is_no_judge_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no judge\.json"):
+        JudgeSpec.read(tmp_path)
