@@ -116,6 +116,7 @@ def _goodrate_judge(
     ]
     relevance = judge_relevance(ctx, judge)
     verdict: dict[tuple[str, str], bool] = {}
+    ctx.progress(0, len(pairs), "pairs judged for Goodrate")
     for start in range(0, len(pairs), JUDGED_AT_ONCE):
         part = pairs[start : start + JUDGED_AT_ONCE]
         goods = relevance.is_good(part)
