@@ -56,12 +56,11 @@ class Champion:
         artifacts = _artifacts(store_name)
         folder = artifacts.path(_champion_ref(artifacts, store_name, "judge"))
         from models.judge.scoring import ScoringJudge
-        from models.judge.spec import JudgeSpec
 
-        spec = JudgeSpec.read(folder)
-        assert spec.beta_cum is not None, "registered judges are calibrated"
-        model = ScoringJudge.open(str(folder), spec, settings().torch_device)
-        return cls(model, spec.beta_cum)
+        model = ScoringJudge.load(folder, settings().torch_device)
+        beta = model.encoder.spec.beta_cum
+        assert beta is not None, "registered judges are calibrated"
+        return cls(model, beta)
 
     def grade(
         self, pairs: Sequence[tuple[Query, Product]], desc: str = ""

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
 from models.index.lance import IndexConfig
-from models.store import Store
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
+from tasks.ingest import open_store
 from tasks.stage import StageContext, stage
 
 
@@ -40,7 +40,7 @@ def embedder_sft(
 
     return train_contrastive(
         weights_path(ctx, base),
-        Store.read(ctx.open(store) / "store"),
+        open_store(ctx, store),
         config,
         ctx.out,
         ctx.scratch,
@@ -58,7 +58,7 @@ def index_catalogue(
     from models.index.lance import build_index
 
     model = load_encoder(weights_path(ctx, encoder), ctx.settings.torch_device)
-    data = Store.read(ctx.open(store) / "store")
+    data = open_store(ctx, store)
     facts = build_index(document_encoder(model, bf16=True), data, config, ctx.out, ctx.sink)
     ctx.table("index", [facts])
     return {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
@@ -78,7 +78,7 @@ def embedder_rgrpo(
     from models.rewards.exclusivity import Exclusivity
     from models.rewards.quality import Quality, quality_scores
 
-    data = Store.read(ctx.open(store) / "store")
+    data = open_store(ctx, store)
     relevance = judge_relevance(ctx, judge, rewards.readout, rewards.relevance)
     levels, source = quality_scores(data)
     ctx.log.info("item quality from %s", source)
@@ -101,11 +101,9 @@ def judge_relevance(
 ) -> Any:
     """The judge as a reward, its scores cached under the home by the judge's fingerprint."""
     from models.judge.scoring import ScoringJudge
-    from models.judge.spec import JudgeSpec
     from models.rewards.relevance import JudgeRelevance, ScoreCache
 
-    folder = ctx.open(judge)
-    model = ScoringJudge.open(str(folder), JudgeSpec.read(folder), ctx.settings.torch_device)
+    model = ScoringJudge.load(ctx.open(judge), ctx.settings.torch_device)
     path = ctx.settings.home / "scores" / f"{judge.fingerprint[:16]}.sqlite"
     cache = ScoreCache(path, judge.fingerprint, model.rules_version)
     return JudgeRelevance(model, cache, readout, weight)  # type: ignore[arg-type]

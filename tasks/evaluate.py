@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.store import Store
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
 from tasks.embedder import judge_relevance
+from tasks.ingest import open_store
 from tasks.stage import StageContext, stage
 
 JUDGE_TABLE = "judge_table.json"
@@ -46,7 +46,7 @@ def evaluate_judge(
     from models.evaluation.judge_table import judge_rows
     from models.judge.spec import JudgeSpec
 
-    data = Store.read(ctx.open(store) / "store")
+    data = open_store(ctx, store)
     loaded = {name: _read_json(ctx.open(ref) / "answers.json") for name, ref in answers.items()}
     spec = JudgeSpec.read(ctx.open(judge))
     assert spec.beta_cum is not None, "the judge artifact is calibrated"
@@ -70,7 +70,7 @@ def evaluate_retrieval(
     from models.index.lance import LanceIndex
     from models.rewards.quality import quality_scores
 
-    data = Store.read(ctx.open(store) / "store")
+    data = open_store(ctx, store)
     qrels = data.qrels("test")
     queries = [data.query_by_id[q] for q in qrels]
     products = data.product_by_id

@@ -12,6 +12,11 @@ from tasks.quality import QualityConfig
 from tasks.stage import StageContext, stage
 
 
+def open_store(ctx: StageContext, ref: ArtifactRef) -> Store:
+    """The store inside an ingest or validate artifact."""
+    return Store.read(ctx.open(ref) / "store")
+
+
 @stage(name="ingest", kind="data", code_version="1")
 def ingest(
     ctx: StageContext, source: SourceConfig, split: SplitConfig, content: str

@@ -15,9 +15,9 @@ from models.judge.config import (
     PromptConfig,
     SftConfig,
 )
-from models.store import Store
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
+from tasks.ingest import open_store
 from tasks.stage import StageContext, stage
 
 
@@ -43,10 +43,6 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-def _store(ctx: StageContext, ref: ArtifactRef) -> Store:
-    return Store.read(ctx.open(ref) / "store")
-
-
 @stage(name="judge_prompt", kind="judge", code_version="2")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format and the kind lexicon of the training queries; every judge reads by it.
@@ -55,7 +51,7 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     """
     from models.judge.spec import JudgeSpec
 
-    JudgeSpec.fit(prompt, _store(ctx, store).pairs("train")).write(ctx.out)
+    JudgeSpec.fit(prompt, open_store(ctx, store).pairs("train")).write(ctx.out)
 
 
 @stage(name="judge_cot_sft", kind="judge", code_version="1")
@@ -73,7 +69,7 @@ def judge_cot_sft(
     return train_cot_sft(
         weights_path(ctx, base),
         JudgeSpec.read(ctx.open(prompt)),
-        _store(ctx, store).pairs("train"),
+        open_store(ctx, store).pairs("train"),
         config,
         ctx.out,
         ctx.scratch,
@@ -90,7 +86,7 @@ def judge_pass_at_n(
     from models.judge.preferences import make_preferences
 
     counts = make_preferences(
-        _open_judge(ctx, judge), _store(ctx, store).pairs("train"), config, ctx.out
+        _open_judge(ctx, judge), open_store(ctx, store).pairs("train"), config, ctx.out
     )
     ctx.table("pass-at-n", [dict(counts)])
     return counts
@@ -109,7 +105,7 @@ def judge_dpo(
     from models.judge.preferences import read_preferences
     from models.judge.spec import JudgeSpec
 
-    folder, data = ctx.open(judge), _store(ctx, store)
+    folder, data = ctx.open(judge), open_store(ctx, store)
     return train_dpo(
         str(folder),
         JudgeSpec.read(folder),
@@ -137,7 +133,7 @@ def judge_grpo(
     from models.judge.spec import JudgeSpec
 
     folder = ctx.open(judge)
-    pairs = _store(ctx, store).pairs("train")
+    pairs = open_store(ctx, store).pairs("train")
     rng = random.Random(config.optimiser.seed)
     candidates = draw_pairs(pairs, config.pool.candidates, 1.0, rng)
     scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in candidates], "RL pool")
@@ -167,7 +163,7 @@ def judge_calibrated(
     from models.judge.spec import JudgeSpec
 
     folder = ctx.open(judge)
-    pairs = _sample(_store(ctx, store).pairs("validation"), config.max_pairs, 0)
+    pairs = _sample(open_store(ctx, store).pairs("validation"), config.max_pairs, 0)
     scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in pairs], "calibration")
     beta, f1 = calibrate_beta(scores, np.array([p.grade for p in pairs]))
     shutil.copytree(folder, ctx.out, dirs_exist_ok=True)
@@ -194,7 +190,7 @@ def judge_answers(
     from models.judge.spec import JudgeSpec
 
     spec = JudgeSpec.read(ctx.open(prompt))
-    pairs = _sample(_store(ctx, store).pairs("test"), config.max_pairs, config.seed)
+    pairs = _sample(open_store(ctx, store).pairs("test"), config.max_pairs, config.seed)
     model = ScoringJudge.open(weights_path(ctx, judge), spec, ctx.settings.torch_device)
     scores = model.score([(p.query, p.product) for p in pairs], "test pairs")
     texts = decode_greedy(model, pairs[: config.reasoning_pairs], config.max_new_tokens)
@@ -216,10 +212,8 @@ def judge_answers(
 
 def _open_judge(ctx: StageContext, ref: ArtifactRef) -> Any:
     from models.judge.scoring import ScoringJudge
-    from models.judge.spec import JudgeSpec
 
-    folder = ctx.open(ref)
-    return ScoringJudge.open(str(folder), JudgeSpec.read(folder), ctx.settings.torch_device)
+    return ScoringJudge.load(ctx.open(ref), ctx.settings.torch_device)
 
 
 def _sample(pairs: list[Any], count: int, seed: int) -> list[Any]:

@@ -7,6 +7,7 @@ once per call, each product once; chunks are filled by length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +42,11 @@ class ScoringJudge:
         lm, tokenizer = load_lm(folder, device=device)
         model = SharedPrefixLM(lm.eval(), bf16=bf16)
         return cls(model, PromptEncoder(tokenizer, spec))
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> ScoringJudge:
+        """Load a judge folder by its own spec."""
+        return cls.open(str(folder), JudgeSpec.read(folder), device)
 
     @property
     def rules_version(self) -> str:
