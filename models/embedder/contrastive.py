@@ -26,6 +26,7 @@ from torch import nn
 from models.embedder.config import ContrastiveConfig
 from models.embedder.encoder import load_encoder
 from models.errors import DataContractError, DivergenceError, explain
+from models.lm.precision import has_bf16
 from models.objectives.infonce import false_negatives, infonce
 from models.store import Store
 from models.text import product_text
@@ -322,7 +323,7 @@ def _arguments(config: ContrastiveConfig, num_pairs: int, scratch: Path, device:
         per_device_train_batch_size=batch_size,
         learning_rate=config.lr,
         warmup_steps=round(config.warmup_ratio * steps),
-        bf16=config.bf16,
+        bf16=config.bf16 and has_bf16(device),
         use_cpu=device == "cpu",
         seed=config.seed,
         data_seed=config.seed,

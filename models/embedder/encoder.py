@@ -8,7 +8,6 @@ Shapes: N texts, D dim.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from models.errors import DivergenceError, WeightsError, explain
+from models.lm.precision import autocast
 from models.text import product_text
 from models.types import Product
 
@@ -53,15 +53,6 @@ def load_encoder(path: str, device: str = "cpu") -> SentenceTransformer:
             )
         ) from error
     return encoder.eval()
-
-
-def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast on `device`, or nothing."""
-    import torch
-
-    if not bf16:
-        return contextlib.nullcontext()
-    return torch.autocast(device_type=device.split(":")[0], dtype=torch.bfloat16)
 
 
 def embed(encoder: SentenceTransformer, texts: Sequence[str], side: Side) -> torch.Tensor:

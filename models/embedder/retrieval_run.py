@@ -24,9 +24,10 @@ from torch import nn
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
 from models.embedder.contrastive import PositivePair, known_positives, positive_pairs
-from models.embedder.encoder import autocast, embed, encode, load_encoder
+from models.embedder.encoder import embed, encode, load_encoder
 from models.embedder.retrieval_grpo import retrieval_grpo
 from models.errors import DataContractError, DivergenceError, explain
+from models.lm.precision import autocast
 from models.objectives.infonce import false_negatives, infonce
 from models.rewards.base import Reward, total_reward
 from models.store import Store

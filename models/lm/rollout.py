@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from models.lm.shared_prefix import Path, SharedPrefixLM, build_tree
 
 COMPACT_AT = 0.75
-"""The cache is compacted when fewer than this share of its rows still decode."""
+"""Finished rows leave the batch once what is left is below this share of it."""
 
 
 @dataclass(frozen=True)
@@ -76,37 +77,48 @@ def _decode(
     top_k: int,
 ) -> list[Rollout]:
     device = model.device
-    tree = build_tree(prompts).to(device)
-    frontier, logits_PV = model.prefill(tree)
-    rows_R = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-    logits_RV = logits_PV[rows_R]
-    frontier = frontier.select(rows_R)
-    ids: list[list[int]] = [[] for _ in range(len(rows_R))]
-    logps: list[list[float]] = [[] for _ in range(len(rows_R))]
-    alive = list(range(len(rows_R)))
+    frontier, logits_PV = model.prefill(build_tree(prompts).to(device))
+    siblings = frontier.siblings(group_size, max_new_tokens)
+    logits_RV = logits_PV.repeat_interleave(group_size, dim=0)
+    ids: list[list[int]] = [[] for _ in range(len(logits_RV))]
+    logps: list[list[float]] = [[] for _ in range(len(logits_RV))]
+    rollout_R = list(range(len(logits_RV)))
     for position in range(max_new_tokens):
         token_R, logp_R = _draw(logits_RV, generator, temperature, top_k)
-        still: list[int] = []
-        for row, (original, token, logp) in enumerate(
-            zip(alive, token_R.tolist(), logp_R.tolist(), strict=True)
-        ):
-            if ids[original] and ids[original][-1] == end_id:
-                continue
-            ids[original].append(token)
-            logps[original].append(logp)
-            if token != end_id:
-                still.append(row)
-        if not still or position == max_new_tokens - 1:
+        drawn = zip(rollout_R, token_R.tolist(), logp_R.tolist(), strict=True)
+        for rollout, token, logp in drawn:
+            if not ids[rollout] or ids[rollout][-1] != end_id:
+                ids[rollout].append(token)
+                logps[rollout].append(logp)
+        alive_R = [ids[rollout][-1] != end_id for rollout in rollout_R]
+        if not any(alive_R) or position == max_new_tokens - 1:
             break
-        if len(still) < COMPACT_AT * len(alive):
-            keep = torch.tensor(still, device=device)
-            frontier, token_R = frontier.select(keep), token_R[keep]
-            alive = [alive[row] for row in still]
-        frontier, logits_RV = model.step(frontier, token_R)
+        prompts_P, siblings_PG = _still_decoding(alive_R, siblings.group_size)
+        if siblings_PG.size < COMPACT_AT * len(alive_R):
+            kept_R = (prompts_P[:, None] * siblings.group_size + siblings_PG).ravel()
+            siblings.keep(
+                torch.from_numpy(prompts_P).to(device), torch.from_numpy(siblings_PG).to(device)
+            )
+            rollout_R = [rollout_R[row] for row in kept_R.tolist()]
+            token_R = token_R[torch.from_numpy(kept_R).to(device)]
+        logits_RV = model.step(siblings, token_R)
     return [
         Rollout(tuple(i), tuple(p), finished=i[-1] == end_id)
         for i, p in zip(ids, logps, strict=True)
     ]
+
+
+def _still_decoding(alive_R: list[bool], group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with a live sibling, and as many siblings of each as the liveliest has, live first.
+
+    >>> prompts, siblings = _still_decoding([False, True, False, False, False, True], 2)
+    >>> prompts.tolist(), siblings.tolist()
+    ([0, 2], [[1], [1]])
+    """
+    alive_PG = np.array(alive_R).reshape(-1, group_size)
+    prompts_P = np.flatnonzero(alive_PG.any(1))
+    order_PG = np.argsort(~alive_PG[prompts_P], axis=1, kind="stable")
+    return prompts_P, order_PG[:, : alive_PG.sum(1).max()]
 
 
 def _draw(

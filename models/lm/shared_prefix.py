@@ -15,12 +15,15 @@ Tensor legend: N nodes of a level, T tokens, P paths, D hidden size, V vocabular
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
+
+from models.lm.decoding import Siblings
+from models.lm.precision import autocast
 
 PASS_TOKENS = 48
 """What one more forward pass costs, in tokens: below it a level is not worth its own pass."""
@@ -140,6 +143,11 @@ class Frontier:
     mask_NS: torch.Tensor
     lengths_N: torch.Tensor
 
+    def siblings(self, group_size: int, max_new_tokens: int) -> Siblings:
+        """G continuations a row, ready to decode."""
+        caches = [(layer.keys, layer.values) for layer in self.cache.layers]
+        return Siblings(caches, self.mask_NS, group_size, max_new_tokens)
+
     def select(self, rows_M: torch.Tensor) -> Frontier:
         """The frontier with row i taken from `rows_M[i]`; gradients flow through."""
         identity = torch.arange(self.mask_NS.shape[0], device=rows_M.device)
@@ -170,7 +178,8 @@ class SharedPrefixLM(torch.nn.Module):
 
     Args:
         lm: a transformers causal LM, or a peft model around one.
-        bf16: run the backbone under bf16 autocast; log-softmax always runs in float32.
+        bf16: run the backbone under bf16 autocast where the device has it; log-softmax always
+            runs in float32.
     """
 
     def __init__(self, lm: torch.nn.Module, bf16: bool = False) -> None:
@@ -242,13 +251,9 @@ class SharedPrefixLM(torch.nn.Module):
         logits_NV = self._logits(_last_token(hidden_NTD, tree.levels[-1]))
         return frontier.select(tree.leaf_P), logits_NV[tree.leaf_P]
 
-    def step(self, frontier: Frontier, ids_N: torch.Tensor) -> tuple[Frontier, torch.Tensor]:
-        """Feed one token a row; returns the longer frontier and next-token logits [N, V]."""
-        rows_N = torch.arange(len(ids_N), device=ids_N.device)
-        level = Level(ids_N[:, None], torch.ones_like(ids_N)[:, None], rows_N)
-        with self._precision():
-            hidden_NTD, frontier = self._extend(frontier, level, reuse=True)
-        return frontier, self._logits(hidden_NTD[:, -1])
+    def step(self, siblings: Siblings, ids_R: torch.Tensor) -> torch.Tensor:
+        """Feed one token a row of `siblings`; next-token logits [R, V]."""
+        return self._logits(siblings.step(self._backbone(), ids_R, self.bf16))
 
     def _hidden_states(self, tree: PromptTree, root: Frontier | None = None) -> list[torch.Tensor]:
         hiddens: list[torch.Tensor] = []
@@ -259,10 +264,8 @@ class SharedPrefixLM(torch.nn.Module):
                 hiddens.append(hidden_NTD)
         return hiddens
 
-    def _extend(
-        self, frontier: Frontier | None, level: Level, reuse: bool = False
-    ) -> tuple[torch.Tensor, Frontier]:
-        """One forward of `level` on top of its parents (`reuse`: rows already line up)."""
+    def _extend(self, frontier: Frontier | None, level: Level) -> tuple[torch.Tensor, Frontier]:
+        """One forward of `level` on top of its parents."""
         position_NT = torch.cumsum(level.mask_NT, 1) - 1
         if frontier is None:
             parents = Frontier(
@@ -271,7 +274,7 @@ class SharedPrefixLM(torch.nn.Module):
                 torch.zeros(len(level.ids_NT), dtype=torch.long, device=level.ids_NT.device),
             )
         else:
-            parents = frontier if reuse else frontier.select(level.parent_N)
+            parents = frontier.select(level.parent_N)
         position_NT = (position_NT + parents.lengths_N[:, None]).clamp(min=0)
         mask_NS = torch.cat([parents.mask_NS, level.mask_NT], dim=1)
         out = self._backbone()(
@@ -299,10 +302,8 @@ class SharedPrefixLM(torch.nn.Module):
     def _head(self) -> torch.nn.Module:
         return self._causal_lm().get_output_embeddings()
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            yield
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        return autocast(self.device.type, self.bf16)
 
 
 def _last_token(hidden_NTD: torch.Tensor, level: Level) -> torch.Tensor:
