@@ -95,6 +95,7 @@ class Store:
                 grade=row["grade"],
                 verdicts=_verdicts(row),
                 weight=1.0 if row["weight"] is None else row["weight"],
+                reasoning=row["reasoning"] or "",
             )
             for row in table.to_pylist()
         ]

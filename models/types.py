@@ -82,6 +82,7 @@ class Pair:
     """A labelled (query, product): what the judge learns from.
 
     grade: 1..4. verdicts: gold step verdicts where the store knows them, else None.
+    reasoning: the judgment's own words, "" where it has none.
     """
 
     query: Query
@@ -89,6 +90,12 @@ class Pair:
     grade: int
     verdicts: Verdicts | None = None
     weight: float = 1.0
+    reasoning: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(query_id, product_id): a store has one judgment for it."""
+        return self.query.query_id, self.product.product_id
 
 
 class Judge(Protocol):

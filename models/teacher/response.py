@@ -64,6 +64,18 @@ def render_response(
     return f"{grade}\n{steps}"
 
 
+def in_order(response: str, order: Order) -> str:
+    """A grade-first response in `order`: the grade's line moved to the end, or as it is.
+
+    >>> in_order("4\\nquery: sofa\\nitem: couch", "think_then_respond")
+    'query: sofa\\nitem: couch\\n4'
+    """
+    if order == "respond_then_think":
+        return response
+    grade, _, steps = response.partition("\n")
+    return f"{steps}\n{grade}"
+
+
 def parse_response(text: str, order: Order, finished: bool = True) -> Response:
     """Read a response; anything that is not exactly the format is named, never guessed."""
     lines = text.strip().split("\n")
