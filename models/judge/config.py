@@ -68,6 +68,18 @@ class OptimiserConfig(BaseModel):
     seed: int = 0
 
 
+class DrawConfig(BaseModel):
+    """What decides which pairs CoT SFT trains on, and which of them with steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_pairs: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+    balance: float = Field(ge=0, le=1)
+    cot_share: float = Field(ge=0, le=1)
+    seed: int
+
+
 class SftConfig(BaseModel):
     """CoT SFT."""
 
@@ -85,6 +97,17 @@ class SftConfig(BaseModel):
     """Pairs in one forward."""
     accumulate: int = Field(2, ge=1)
     """Forwards in one optimiser step."""
+
+    @property
+    def draw(self) -> DrawConfig:
+        """The part a teacher's data set depends on: it outlives another learning rate."""
+        return DrawConfig(
+            max_pairs=self.max_pairs,
+            epochs=self.epochs,
+            balance=self.balance,
+            cot_share=self.cot_share,
+            seed=self.optimiser.seed,
+        )
 
 
 class PassAtNConfig(BaseModel):

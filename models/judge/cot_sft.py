@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.errors import ConfigError, explain
-from models.judge.config import SftConfig
+from models.judge.config import DrawConfig, SftConfig
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
@@ -57,6 +57,24 @@ def draw_pairs(pairs: Sequence[Pair], count: int, balance: float, rng: random.Ra
         left = min(count, len(pairs)) - len(chosen)
     rng.shuffle(chosen)
     return chosen
+
+
+def draw_examples(
+    pairs: Sequence[Pair], draw: DrawConfig, rng: random.Random
+) -> tuple[list[Pair], list[Set[int]]]:
+    """The pairs to train on, and for each epoch the places of those that carry their steps.
+
+    The teacher's stage and SFT call it with `draw.seed`, so that they draw the same ones.
+    """
+    chosen = draw_pairs(pairs, draw.max_pairs, draw.balance, rng)
+    places, count = range(len(chosen)), round(draw.cot_share * len(chosen))
+    return chosen, [frozenset(rng.sample(places, count)) for _ in range(draw.epochs)]
+
+
+def reasoned_pairs(pairs: Sequence[Pair], draw: DrawConfig) -> list[Pair]:
+    """The pairs whose steps SFT will learn in some epoch, each once: the teacher's work."""
+    chosen, reasoned = draw_examples(pairs, draw, random.Random(draw.seed))
+    return [chosen[i] for i in sorted(set().union(*reasoned))]
 
 
 def batch_by_query(pairs: Sequence[Pair], size: int, rng: random.Random) -> list[list[Pair]]:
@@ -107,6 +125,7 @@ def train_cot_sft(
     scratch: Path,
     sink: MetricSink,
     device: str = "cpu",
+    responses: Mapping[tuple[str, str], str] | None = None,
 ) -> dict[str, float]:
     """Fine-tune `base` on the teacher's responses; writes a transformers folder to `out`.
 
@@ -114,6 +133,7 @@ def train_cot_sft(
         base: a local model folder or hub id.
         spec: prompt format and lexicon.
         pairs: training pairs, any order.
+        responses: the teacher's by `Pair.key`, for all `reasoned_pairs`; None: the template's.
 
     Returns:
         counts: pairs used, tokens computed, share of tokens saved by the shared prefix.
@@ -128,10 +148,10 @@ def train_cot_sft(
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
     encoder = PromptEncoder(tokenizer, spec)
-    chosen = draw_pairs(pairs, config.max_pairs, config.balance, rng)
+    chosen, epochs = draw_examples(pairs, config.draw, rng)
     prepared: list[tuple[list[TokenPath], list[int]]] = []
-    for _ in range(config.epochs):
-        prepared += _epoch(encoder, chosen, config, rng)
+    for reasoned in epochs:
+        prepared += _epoch(encoder, chosen, reasoned, responses, config, rng)
     _show_first(encoder, prepared[0])
     model = SharedPrefixLM(make_trainable(lm, config.optimiser), bf16=config.optimiser.bf16)
     tokens = sum(build_tree(paths).num_tokens for paths, _ in prepared)
@@ -162,27 +182,35 @@ def train_cot_sft(
 
 
 def _epoch(
-    encoder: PromptEncoder, pairs: Sequence[Pair], config: SftConfig, rng: random.Random
+    encoder: PromptEncoder,
+    pairs: Sequence[Pair],
+    reasoned: Set[int],
+    responses: Mapping[tuple[str, str], str] | None,
+    config: SftConfig,
+    rng: random.Random,
 ) -> list[tuple[list[TokenPath], list[int]]]:
     """Micro-batches of one pass, in random order: with steps and without apart, to pad little."""
-    reasoned = set(rng.sample(range(len(pairs)), round(config.cot_share * len(pairs))))
     out = []
     for with_steps in (True, False):
         part = [p for i, p in enumerate(pairs) if (i in reasoned) == with_steps]
         for batch in batch_by_query(part, config.micro_batch, rng):
-            out.append(_prepare(encoder, batch, with_steps))
+            out.append(_prepare(encoder, batch, with_steps, responses))
     rng.shuffle(out)
     return out
 
 
 def _prepare(
-    encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool
+    encoder: PromptEncoder,
+    batch: Sequence[Pair],
+    with_steps: bool,
+    responses: Mapping[tuple[str, str], str] | None = None,
 ) -> tuple[list[TokenPath], list[int]]:
     order = encoder.config.order
     paths, grade_at = [], []
     for pair in batch:
         if with_steps:
-            response = encoder.response_segment(write(pair, order))
+            text = write(pair, order) if responses is None else responses[pair.key]
+            response = encoder.response_segment(text)
         else:  # no end token: a grade alone is a cut response, not one that ends there
             response = (encoder.label_ids[pair.grade - 1],)
         paths.append((*encoder.prompt(pair.query, pair.product), response))

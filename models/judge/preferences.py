@@ -12,7 +12,7 @@ the rejected ones carry different wrong grades.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,9 +121,17 @@ def pass_at(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
 
 
 def build_preferences(
-    pairs: Sequence[Pair], groups: Sequence[Sequence[Sampled]], config: PassAtNConfig, order: str
+    pairs: Sequence[Pair],
+    groups: Sequence[Sequence[Sampled]],
+    config: PassAtNConfig,
+    order: str,
+    responses: Mapping[tuple[str, str], str] | None = None,
 ) -> list[Preference]:
-    """Self-correction and oracle-guidance pairs, duplicates dropped."""
+    """Self-correction and oracle-guidance pairs, duplicates dropped.
+
+    responses: the teacher's, by `Pair.key`; the template's stand in where there is none.
+    """
+    written = responses or {}
     out: list[Preference] = []
     for pair, group in zip(pairs, groups, strict=True):
         right = list(dict.fromkeys(s.text for s in group if s.correct))
@@ -133,24 +141,28 @@ def build_preferences(
             if not s.correct and s.text and (s.finished or s.grade != s.gold):
                 wrong.setdefault(s.grade, s)
         source = "self_correction" if right else "oracle_guidance"
-        chosen = right or [write(pair, order)]  # type: ignore[arg-type]
+        chosen = right or [written.get(pair.key) or write(pair, order)]  # type: ignore[arg-type]
         for i, rejected in enumerate(list(wrong.values())[: config.pairs_per_prompt]):
             best = chosen[i % len(chosen)]
             if best != rejected.text:
-                ids = (pair.query.query_id, pair.product.product_id)
-                out.append(Preference(*ids, best, rejected.text, source, rejected.finished))
+                out.append(Preference(*pair.key, best, rejected.text, source, rejected.finished))
     return out
 
 
 def make_preferences(
-    judge: ScoringJudge, pairs: Sequence[Pair], config: PassAtNConfig, out: Path
+    judge: ScoringJudge,
+    pairs: Sequence[Pair],
+    config: PassAtNConfig,
+    out: Path,
+    responses: Mapping[tuple[str, str], str] | None = None,
 ) -> dict[str, float]:
     """Draw prompts, sample, pair up; writes samples.jsonl and preferences.jsonl to `out`."""
     import random
 
     chosen = draw_pairs(pairs, config.prompts, 1.0, random.Random(config.seed))
     groups = sample_responses(judge, chosen, config)
-    preferences = build_preferences(chosen, groups, config, judge.encoder.config.order)
+    order = judge.encoder.config.order
+    preferences = build_preferences(chosen, groups, config, order, responses)
     flat = [s for g in groups for s in g]
     _write_jsonl(out / "samples.jsonl", [asdict(s) for s in flat])
     _write_jsonl(out / "preferences.jsonl", [asdict(p) for p in preferences])

@@ -32,7 +32,14 @@ from models.judge.config import (
     PromptConfig,
     SftConfig,
 )
-from models.judge.cot_sft import _prepare, draw_pairs, sft_loss, train_cot_sft
+from models.judge.cot_sft import (
+    _prepare,
+    draw_examples,
+    draw_pairs,
+    reasoned_pairs,
+    sft_loss,
+    train_cot_sft,
+)
 from models.judge.dpo import train_dpo
 from models.judge.grpo import GroupSampler, train_grpo
 from models.judge.pool import PromptPool, choose_pool
@@ -104,7 +111,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory, base: str, pairs: list[Pair]
 
 
 def grade_and_stop(
-    encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool
+    encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool, responses: Any
 ) -> tuple[list[Any], list[int]]:
     """Responses of the grade and the end token, which no stage of ours teaches."""
     ends = [(encoder.label_ids[p.grade - 1], encoder.end_id) for p in batch]
@@ -302,6 +309,55 @@ def test_draw_pairs_balances_as_asked() -> None:
     assert drawn(1000, 1.0) == counts
 
 
+# SFT and its teacher
+
+
+def written(pairs: Sequence[Pair]) -> dict[tuple[str, str], str]:
+    """A response of our own for every pair."""
+    steps = "query: red\nitem: sofa\ncategory: match\nattributes: none\ndecision: excellent"
+    return {p.key: f"{p.grade}\n{steps}" for p in pairs}
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_teacher_writes_for_the_pairs_that_sft_learns_with_steps(
+    base: str, pairs: list[Pair], tmp_path: Path, epochs: int
+) -> None:
+    config = SFT.model_copy(update={"epochs": epochs})
+    asked = reasoned_pairs(pairs, config.draw)
+    used: list[tuple[str, str]] = []
+
+    class Watched(dict[tuple[str, str], str]):
+        def __getitem__(self, key: tuple[str, str]) -> str:
+            used.append(key)
+            return super().__getitem__(key)
+
+    responses = Watched(written(asked))  # of a pair that is missing SFT would raise
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    train_cot_sft(base, SPEC, pairs, config, out, scratch, NullSink(), responses=responses)
+    assert set(used) == {p.key for p in asked} and len({p.key for p in asked}) == len(asked)
+    assert len(used) == epochs * round(config.cot_share * config.max_pairs)
+
+
+def test_the_draw_depends_on_its_own_settings_alone(pairs: list[Pair]) -> None:
+    draw = SFT.draw
+    slower = SFT.model_copy(update={"optimiser": STEP.model_copy(update={"lr": 1e-6})})
+    assert slower.draw == draw
+    chosen, (reasoned,) = draw_examples(pairs, draw, random.Random(draw.seed))
+    assert len(chosen) == 24 and len(reasoned) == 12
+    other = draw.model_copy(update={"seed": 1})
+    assert reasoned_pairs(pairs, other) != reasoned_pairs(pairs, draw)
+
+
+def test_sft_learns_the_words_it_is_given(base: str, pairs: list[Pair]) -> None:
+    encoder = PromptEncoder(load_tokenizer(base), SPEC)
+    responses = written(pairs)
+    paths, _ = _prepare(encoder, pairs[:4], True, responses)
+    wanted = [encoder.response_segment(responses[p.key]) for p in pairs[:4]]
+    assert [path[-1] for path in paths] == wanted
+    plain, _ = _prepare(encoder, pairs[:4], True)
+    assert [path[-1] for path in plain] != wanted
+
+
 # DPO
 
 
@@ -410,6 +466,19 @@ def test_oracle_guidance_takes_the_teachers_response_where_none_is_right() -> No
         (teacher, "1 x", "oracle_guidance"),
         (teacher, "3 y", "oracle_guidance"),
     ]
+
+
+def test_oracle_guidance_takes_the_data_sets_response_where_it_has_one() -> None:
+    pair, other = make_pair(grade=4), make_pair("oak desk", grade=4)
+    config = PassAtNConfig(samples=2, pairs_per_prompt=1)
+    made = build_preferences(
+        [pair, other],
+        [[WRONG, WRONG], [WRONG, WRONG]],
+        config,
+        "respond_then_think",
+        {pair.key: "4\na better one"},
+    )
+    assert [p.chosen for p in made] == ["4\na better one", write(other, "respond_then_think")]
 
 
 def test_groups_that_teach_nothing_make_no_pair() -> None:
