@@ -18,6 +18,7 @@ from tasks.judge import (
     judge_grpo,
     judge_pass_at_n,
     judge_prompt,
+    judge_teacher,
 )
 
 
@@ -41,8 +42,15 @@ def train_judge(config: JudgeConfig, store: ArtifactRef) -> JudgeResult:
         content=base_content(config.base),
         store=store if config.base == TINY else None,
     )
-    sft = judge_cot_sft(config=config.sft, base=base, prompt=prompt, store=store)
-    preferences = judge_pass_at_n(config=config.pass_at_n, judge=sft, store=store)
+    teacher = judge_teacher(
+        config=config.teacher,
+        draw=config.sft.draw,
+        rule_base=config.prompt.rules,
+        rules=rules,
+        store=store,
+    )
+    sft = judge_cot_sft(config=config.sft, base=base, prompt=prompt, teacher=teacher, store=store)
+    preferences = judge_pass_at_n(config=config.pass_at_n, judge=sft, teacher=teacher, store=store)
     dpo = judge_dpo(config=config.dpo, judge=sft, preferences=preferences, store=store)
     grpo = judge_grpo(config=config.grpo, judge=dpo, store=store)
     judge = judge_calibrated(config=config.calibration, judge=grpo, store=store)

@@ -26,6 +26,7 @@ from models.judge.config import (
 )
 from models.sources import SourceConfig, SyntheticSource
 from models.split import SplitConfig
+from models.teacher.config import TeacherConfig, TemplateTeacher
 from tasks.embedder import RewardsConfig
 from tasks.evaluate import RetrievalEvalConfig
 from tasks.judge import AnswersConfig, CalibrationConfig
@@ -55,6 +56,8 @@ class JudgeConfig(_Config):
     base: str
     """Base model: a packaged name, a local folder, a hub id, or `tiny`."""
     prompt: PromptConfig = PromptConfig()
+    teacher: TeacherConfig = TemplateTeacher()
+    """Who writes the reasoning that SFT learns: the offline template, or a chat endpoint."""
     sft: SftConfig = SftConfig()
     pass_at_n: PassAtNConfig = PassAtNConfig()
     dpo: DpoConfig = DpoConfig()

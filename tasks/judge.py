@@ -10,14 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.judge.config import (
     DpoConfig,
+    DrawConfig,
     GrpoConfig,
     PassAtNConfig,
     PromptConfig,
     SftConfig,
 )
+from models.teacher.config import Endpoint, TeacherConfig
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
 from tasks.ingest import open_store
+from tasks.settings import Settings
 from tasks.stage import StageContext, stage
 
 
@@ -54,39 +57,81 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     JudgeSpec.fit(prompt, open_store(ctx, store).pairs("train")).write(ctx.out)
 
 
-@stage(name="judge_cot_sft", kind="judge", code_version="1")
+@stage(name="judge_teacher", kind="data", code_version="1")
+def judge_teacher(
+    ctx: StageContext,
+    config: TeacherConfig,
+    draw: DrawConfig,
+    rule_base: str,
+    rules: str,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """The CoT data set: a teacher's response for every pair whose steps SFT learns [TaoSR1 s3.1].
+
+    draw: the part of SFT's config that chooses the pairs. rule_base: its name; rules: its version.
+    """
+    from models.judge.cot_sft import reasoned_pairs
+    from models.rules.base import load_rules
+    from models.teacher.dataset import write_responses
+
+    return write_responses(
+        reasoned_pairs(open_store(ctx, store).pairs("train"), draw),
+        config,
+        load_rules(rule_base),
+        _endpoint(ctx.settings),
+        ctx.out,
+        ctx.scratch,
+        ctx.progress,
+    )
+
+
+@stage(name="judge_cot_sft", kind="judge", code_version="2")
 def judge_cot_sft(
     ctx: StageContext,
     config: SftConfig,
     base: ArtifactRef,
     prompt: ArtifactRef,
+    teacher: ArtifactRef,
     store: ArtifactRef,
 ) -> Mapping[str, float]:
     """CoT SFT on the teacher's responses [TaoSR1 s3.1]."""
     from models.judge.cot_sft import train_cot_sft
     from models.judge.spec import JudgeSpec
+    from models.teacher.dataset import read_responses
 
+    spec = JudgeSpec.read(ctx.open(prompt))
     return train_cot_sft(
         weights_path(ctx, base),
-        JudgeSpec.read(ctx.open(prompt)),
+        spec,
         open_store(ctx, store).pairs("train"),
         config,
         ctx.out,
         ctx.scratch,
         ctx.sink,
         ctx.settings.torch_device,
+        read_responses(ctx.open(teacher), spec.prompt.order),
     )
 
 
-@stage(name="judge_pass_at_n", kind="judge", code_version="1")
+@stage(name="judge_pass_at_n", kind="judge", code_version="2")
 def judge_pass_at_n(
-    ctx: StageContext, config: PassAtNConfig, judge: ArtifactRef, store: ArtifactRef
+    ctx: StageContext,
+    config: PassAtNConfig,
+    judge: ArtifactRef,
+    teacher: ArtifactRef,
+    store: ArtifactRef,
 ) -> Mapping[str, float]:
     """Sample N responses a training pair and build preference pairs [TaoSR1 s3.2]."""
     from models.judge.preferences import make_preferences
+    from models.teacher.dataset import read_responses
 
+    model = _open_judge(ctx, judge)
     counts = make_preferences(
-        _open_judge(ctx, judge), open_store(ctx, store).pairs("train"), config, ctx.out
+        model,
+        open_store(ctx, store).pairs("train"),
+        config,
+        ctx.out,
+        read_responses(ctx.open(teacher), model.encoder.config.order),
     )
     ctx.table("pass-at-n", [dict(counts)])
     return counts
@@ -208,6 +253,19 @@ def judge_answers(
     (ctx.out / "answers.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     gold = np.array([p.grade for p in pairs])
     return grade_metrics(gold, scores.argmax(1) + 1)
+
+
+def _endpoint(current: Settings) -> Endpoint | None:
+    """Where a chat teacher is asked, as the environment says; None where it says nothing."""
+    if current.teacher_url is None:
+        return None
+    return Endpoint(
+        url=current.teacher_url,
+        api_key=current.teacher_api_key,
+        concurrency=current.teacher_concurrency,
+        timeout_s=current.teacher_timeout_s,
+        attempts=current.teacher_attempts,
+    )
 
 
 def _open_judge(ctx: StageContext, ref: ArtifactRef) -> Any:

@@ -58,6 +58,14 @@ class Settings(BaseSettings):
     """MLflow run id that stage runs nest under (set by the pipeline for other processes)."""
     teacher_api_key: SecretStr | None = None
     """Key of an OpenAI-compatible teacher endpoint."""
+    teacher_url: str | None = None
+    """Base URL of that endpoint, e.g. http://127.0.0.1:8000/v1."""
+    teacher_concurrency: int = Field(8, ge=1, le=1000)
+    """Requests under way there at once."""
+    teacher_timeout_s: float = Field(120.0, gt=0)
+    """Longest silence of one of them."""
+    teacher_attempts: int = Field(5, ge=1, le=100)
+    """Tries of one that fails in passing: 429, 5xx, no connection, timeout."""
 
     @field_validator("home", "data_dir", "weights_dir")
     @classmethod

@@ -11,7 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = (
-    "torch transformers sentence_transformers peft lancedb great_expectations mlflow datasets trl"
+    "torch transformers sentence_transformers peft lancedb great_expectations mlflow datasets trl "
+    "openai"
 ).split()
 
 

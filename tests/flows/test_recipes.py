@@ -63,6 +63,7 @@ def test_the_form_explains_its_fields() -> None:
         (" judge.base =tiny", "judge.base", "tiny"),
         ("judge.base=a=b", "judge.base", "a=b"),
         ("judge.sft.optimiser.lora={}", "judge.sft.optimiser.lora.r", 16),
+        ('judge.teacher={"kind": "chat", "model": "r1"}', "judge.teacher.model", "r1"),
         ("embedder.evaluation.ks=[5, 20]", "embedder.evaluation.ks", (5, 20)),
         ("data.source.num_products=500", "data.source.num_products", 500),
     ],
@@ -113,6 +114,8 @@ def test_later_changes_win_and_the_original_stays() -> None:
         ("judge.grpo.group_size=1", r"group_size = 1.*greater than or equal to 2"),
         ("name=Upper Case", r"name = 'Upper Case'"),
         ("data.source.kind=nowhere", r"nowhere.*synthetic"),
+        ('judge.teacher={"kind": "chat"}', r"judge\.teacher\.chat\.model.*required"),
+        ("judge.teacher.kind=oracle", r"oracle.*'template', 'chat'"),
     ],
 )
 def test_a_wrong_change_is_one_clear_error(change: str, said: str) -> None:
