@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.rewards.config import RuleRewardConfig
 from models.teacher.response import Order
@@ -68,6 +68,19 @@ class OptimiserConfig(BaseModel):
     seed: int = 0
 
 
+class ProbeConfig(BaseModel):
+    """Linear probe that the grade rows of the output layer start from (LP-FT, ours)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_pairs: int = Field(1000, ge=1)
+    """Pairs read by the frozen base model, the first of those that SFT trains on."""
+    l2: float = Field(1e-3, ge=0)
+    """Weight of the squared norm of the probe, its features scaled to a mean square of one."""
+    quiet: float = Field(2e-2, ge=0)
+    """Weight of the mean squared logit that the moved rows add where no grade is due."""
+
+
 class DrawConfig(BaseModel):
     """What decides which pairs CoT SFT trains on, and which of them with steps."""
 
@@ -92,11 +105,25 @@ class SftConfig(BaseModel):
     balance: float = Field(1.0, ge=0, le=1)
     """1: equal counts a grade; 0: the natural mix; between: count ** (1 - balance)."""
     cot_share: float = Field(1.0, ge=0, le=1)
-    grade_share: float | None = Field(0.5, ge=0, le=1)
+    """Share of the pairs that carry the steps; the others teach the grade alone. 1 is the paper."""
+    grade_share: float | None = Field(0.4, ge=0, le=1)
+    """Weight of the grade token's mean in the loss; None: one plain mean, as in the paper."""
+    verdict_share: float = Field(0.4, ge=0, le=1)
+    """Weight of the verdict words' mean (match, yes, no, the decision). The other step tokens,
+    mostly copied from the prompt, have what is left. A plain mean gives the verdicts an eighth of
+    the steps' gradient, and the reasoning then contradicts its grade (infra/LOG.md)."""
+    probe: ProbeConfig | None = None
+    """Start the grade rows from a linear probe; None starts from the base's own rows."""
     micro_batch: int = Field(16, ge=1)
     """Pairs in one forward."""
     accumulate: int = Field(2, ge=1)
     """Forwards in one optimiser step."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> SftConfig:
+        if self.grade_share is not None and self.grade_share + self.verdict_share > 1:
+            raise ValueError("grade_share + verdict_share must not exceed 1")
+        return self
 
     @property
     def draw(self) -> DrawConfig:

@@ -3,12 +3,13 @@
 Consumes labelled pairs and a base LM -> produces a judge that answers `<grade, CoT>`.
 
 Departures from the paper:
-1. The grade token and the steps are averaged apart and mixed by `grade_share`: in a response of 40
-   tokens a plain mean gives the one token that is served 1/40 of the gradient. `None` is the plain
-   mean.
+1. The grade token, the verdict words and the other step tokens are averaged apart and mixed by
+   `grade_share` and `verdict_share`: in a response of 40 tokens a plain mean gives the one token
+   that is served 1/40 of the gradient. `grade_share=None` is the plain mean.
 2. `cot_share` of the pairs carry the steps, the others the grade alone: more labels in the same
    seconds on a small machine. 1.0 is the paper.
-3. Pairs are drawn class-balanced up to `balance`, and batched by query so that prefixes are shared.
+3. The grade rows may start from a linear probe (models/judge/probe.py).
+4. Pairs are drawn class-balanced up to `balance`, and batched by query so that prefixes are shared.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from models.errors import ConfigError, explain
 from models.judge.config import DrawConfig, SftConfig
+from models.judge.probe import start_from_probe
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
@@ -90,30 +92,48 @@ def batch_by_query(pairs: Sequence[Pair], size: int, rng: random.Random) -> list
     return batches
 
 
+@dataclass(frozen=True)
+class SftBatch:
+    """One micro-batch: paths, where each grade token is, and which response tokens are verdicts."""
+
+    paths: list[TokenPath]
+    grade_at: list[int]
+    verdicts: list[tuple[bool, ...]]
+
+
 def sft_loss(
-    logps: ResponseLogps, grade_at_P: torch.Tensor, grade_share: float | None
+    logps: ResponseLogps,
+    grade_at_P: torch.Tensor,
+    verdict_PT: torch.Tensor,
+    grade_share: float | None,
+    verdict_share: float,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """-(w * mean log p(grade) + (1 - w) * mean log p(step token)); w None: one plain mean.
+    """-(w_g mean log p(grade) + w_v mean log p(verdict) + (1 - w_g - w_v) mean log p(rest)).
 
     Args:
         logps: of P responses.
         grade_at_P: position of the grade token in each response.
+        verdict_PT: bool, the tokens that state a verdict.
+        grade_share: w_g; None: one plain mean over all tokens. verdict_share: w_v.
 
-    Pairs without step tokens add nothing to the second mean; if none has any, it is left out.
+    A kind of token that no response has is left out, and the other weights are scaled up to 1.
     """
     if grade_share is None:
         mean = logps.logp_PT[logps.mask_PT].mean()
         return -mean, {"nll": -mean.item()}
-    rows_P = torch.arange(len(grade_at_P), device=grade_at_P.device)
-    grade = logps.logp_PT[rows_P, grade_at_P].mean()
-    steps_PT = logps.mask_PT.clone()
-    steps_PT[rows_P, grade_at_P] = False
-    metrics = {"nll_grade": -grade.item()}
-    if not bool(steps_PT.any()):
-        return -grade, metrics
-    steps = logps.logp_PT[steps_PT].mean()
-    metrics["nll_steps"] = -steps.item()
-    return -(grade_share * grade + (1 - grade_share) * steps), metrics
+    grade_PT = torch.zeros_like(logps.mask_PT)
+    grade_PT[torch.arange(len(grade_at_P), device=grade_at_P.device), grade_at_P] = True
+    kinds = {
+        "grade": (grade_share, grade_PT),
+        "verdicts": (verdict_share, verdict_PT & ~grade_PT),
+        "rest": (1 - grade_share - verdict_share, logps.mask_PT & ~grade_PT & ~verdict_PT),
+    }
+    present = {k: (w, m) for k, (w, m) in kinds.items() if bool(m.any())}
+    total = sum(w for w, _ in present.values())
+    means = {k: logps.logp_PT[m].mean() for k, (_, m) in present.items()}
+    metrics = {f"nll_{k}": -mean.item() for k, mean in means.items()}
+    loss = -sum((w * means[k] for k, (w, _) in present.items()), logps.logp_PT.new_zeros(()))
+    return loss / max(total, 1e-9), metrics
 
 
 def train_cot_sft(
@@ -139,31 +159,38 @@ def train_cot_sft(
         counts: pairs used, tokens computed, share of tokens saved by the shared prefix.
 
     Raises:
-        ConfigError: grade-only pairs for a judge that thinks first.
+        ConfigError: grade-only pairs or a probe for a judge that thinks first.
         DivergenceError: the loss stopped being finite.
     """
-    if spec.prompt.order == "think_then_respond" and config.cot_share < 1:
-        got = f"cot_share={config.cot_share} with think_then_respond"
-        raise ConfigError(explain(got, "cot_share=1: its grade comes after the steps", "set it"))
+    if spec.prompt.order == "think_then_respond" and (config.cot_share < 1 or config.probe):
+        got = f"cot_share={config.cot_share}, probe={config.probe} with think_then_respond"
+        expected = "cot_share=1 and no probe: its grade comes after the steps"
+        raise ConfigError(explain(got, expected, "set them"))
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
     encoder = PromptEncoder(tokenizer, spec)
     chosen, epochs = draw_examples(pairs, config.draw, rng)
-    prepared: list[tuple[list[TokenPath], list[int]]] = []
+    prepared: list[SftBatch] = []
     for reasoned in epochs:
         prepared += _epoch(encoder, chosen, reasoned, responses, config, rng)
     _show_first(encoder, prepared[0])
+    counts = {}
+    if config.probe is not None:
+        frozen = SharedPrefixLM(lm, bf16=config.optimiser.bf16)
+        counts = start_from_probe(frozen, encoder, chosen, config.probe, scratch)
     model = SharedPrefixLM(make_trainable(lm, config.optimiser), bf16=config.optimiser.bf16)
-    tokens = sum(build_tree(paths).num_tokens for paths, _ in prepared)
-    plain = sum(len(segment) for paths, _ in prepared for path in paths for segment in path)
+    tokens = sum(build_tree(batch.paths).num_tokens for batch in prepared)
+    plain = sum(len(segment) for batch in prepared for path in batch.paths for segment in path)
 
     def stage_loss(
-        net: SharedPrefixLM, batch: tuple[list[TokenPath], list[int]]
+        net: SharedPrefixLM, batch: SftBatch
     ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
-        paths, grade_at = batch
-        tree = build_tree(paths).to(model.device)
-        at_P = torch.tensor(grade_at, device=model.device)
-        yield sft_loss(net(tree), at_P, config.grade_share)
+        logps = net(build_tree(batch.paths).to(model.device))
+        at_P = torch.tensor(batch.grade_at, device=model.device)
+        verdict_PT = torch.zeros_like(logps.mask_PT)
+        for row, inside in enumerate(batch.verdicts):
+            verdict_PT[row, : len(inside)] = torch.tensor(inside, device=model.device)
+        yield sft_loss(logps, at_P, verdict_PT, config.grade_share, config.verdict_share)
 
     trainer = JudgeTrainer(
         model,
@@ -178,7 +205,8 @@ def train_cot_sft(
     trainer.run()
     save_whole(model.lm, tokenizer, out)
     spec.write(out)
-    return {"pairs": len(chosen), "tokens": tokens, "shared_token_share": 1 - tokens / plain}
+    counts |= {"pairs": len(chosen), "tokens": tokens, "shared_token_share": 1 - tokens / plain}
+    return counts
 
 
 def _epoch(
@@ -188,7 +216,7 @@ def _epoch(
     responses: Mapping[tuple[str, str], str] | None,
     config: SftConfig,
     rng: random.Random,
-) -> list[tuple[list[TokenPath], list[int]]]:
+) -> list[SftBatch]:
     """Micro-batches of one pass, in random order: with steps and without apart, to pad little."""
     out = []
     for with_steps in (True, False):
@@ -204,23 +232,24 @@ def _prepare(
     batch: Sequence[Pair],
     with_steps: bool,
     responses: Mapping[tuple[str, str], str] | None = None,
-) -> tuple[list[TokenPath], list[int]]:
+) -> SftBatch:
     order = encoder.config.order
-    paths, grade_at = [], []
+    out = SftBatch([], [], [])
     for pair in batch:
         if with_steps:
             text = write(pair, order) if responses is None else responses[pair.key]
-            response = encoder.response_segment(text)
+            response, verdicts = encoder.response_segment(text), encoder.verdict_mask(text)
         else:  # no end token: a grade alone is a cut response, not one that ends there
-            response = (encoder.label_ids[pair.grade - 1],)
-        paths.append((*encoder.prompt(pair.query, pair.product), response))
-        grade_at.append(0 if order == "respond_then_think" else len(response) - 2)
-    return paths, grade_at
+            response, verdicts = (encoder.label_ids[pair.grade - 1],), (False,)
+        out.paths.append((*encoder.prompt(pair.query, pair.product), response))
+        out.grade_at.append(0 if order == "respond_then_think" else len(response) - 2)
+        out.verdicts.append(verdicts)
+    return out
 
 
-def _show_first(encoder: PromptEncoder, batch: Any) -> None:
+def _show_first(encoder: PromptEncoder, batch: SftBatch) -> None:
     """Log the first example once, prompt and trained part apart: what the model really sees."""
-    *prompt, response = batch[0][0]
+    *prompt, response = batch.paths[0]
     text = "".join(encoder.tokenizer.decode(s) for s in prompt)
     log.info("first example, not trained:\n%s", text)
     log.info("first example, trained:\n%s", encoder.tokenizer.decode(response))

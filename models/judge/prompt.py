@@ -17,6 +17,7 @@ from models.judge.spec import JudgeSpec
 from models.lm.shared_prefix import Path, Segment
 from models.rules.base import RuleBase
 from models.rules.evidence import gather
+from models.teacher.response import verdict_spans
 from models.text import normalise, product_text
 from models.types import Product, Query
 
@@ -69,6 +70,16 @@ class PromptEncoder:
     def response_segment(self, text: str) -> Segment:
         """Response ids with the end token."""
         return (*self._encode(text), self.end_id)
+
+    def verdict_mask(self, text: str) -> tuple[bool, ...]:
+        """Per id of `response_segment(text)`, whether it is part of a stated verdict."""
+        spans = verdict_spans(text)
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        inside = [
+            any(start < right and left < end for left, right in spans)
+            for start, end in offsets["offset_mapping"]
+        ]
+        return (*inside, False)
 
     def decode(self, ids: Segment) -> str:
         """Text of a sampled response, end token dropped."""

@@ -134,6 +134,9 @@ def _draw(
     if top_k > 0:
         floor_R1 = logp_RV.topk(min(top_k, logp_RV.shape[-1]), dim=-1).values[:, -1:]
         choice_RV = logp_RV.masked_fill(logp_RV < floor_R1, float("-inf"))
-    noise_RV = torch.empty_like(choice_RV).exponential_(generator=generator).log_()
-    token_R = (choice_RV - noise_RV).argmax(-1)
+    # inverse transform: one random number a row, where Gumbel noise would draw one a token
+    cdf_RV = choice_RV.double().exp().cumsum(-1)
+    u_R1 = torch.rand(len(cdf_RV), 1, dtype=cdf_RV.dtype, device=cdf_RV.device, generator=generator)
+    token_R = torch.searchsorted(cdf_RV, u_R1 * cdf_RV[:, -1:], right=True)[:, 0]
+    token_R = token_R.clamp(max=cdf_RV.shape[-1] - 1)
     return token_R, logp_RV.gather(1, token_R[:, None])[:, 0]

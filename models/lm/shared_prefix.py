@@ -233,11 +233,22 @@ class SharedPrefixLM(torch.nn.Module):
         Returns:
             [P, L] float32, each row normalised over the labels.
         """
-        hidden_NTD = self._hidden_states(tree, root)[-1]
-        last_ND = _last_token(hidden_NTD, tree.levels[-1])
         weight_LD = self._head().weight[list(label_ids)]
-        logits_NL = last_ND.float() @ weight_LD.float().T
-        return torch.log_softmax(logits_NL, dim=-1)[tree.leaf_P]
+        logits_PL = self.last_states(tree, root).float() @ weight_LD.float().T
+        return torch.log_softmax(logits_PL, dim=-1)
+
+    def last_states(self, tree: PromptTree, root: Frontier | None = None) -> torch.Tensor:
+        """[P, D]: what the output layer reads after each path; with `root` as above."""
+        return self.states(tree, root)[0]
+
+    def states(
+        self, tree: PromptTree, root: Frontier | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`last_states`, and [M, D]: those of all leaf tokens but the last one of each leaf."""
+        hidden_NTD, leaf = self._hidden_states(tree, root)[-1], tree.levels[-1]
+        before_NT = leaf.mask_NT.bool().clone()
+        before_NT[torch.arange(len(before_NT), device=before_NT.device), leaf.lengths_N - 1] = False
+        return _last_token(hidden_NTD, leaf)[tree.leaf_P], hidden_NTD[before_NT]
 
     def prefill(
         self, tree: PromptTree, root: Frontier | None = None

@@ -42,6 +42,9 @@ class Response:
     text: str
 
 
+_VERDICT = re.compile(
+    r"(?m)^(?:category|decision): (\w+)|(?<= )(yes|no)(?=,|$)|^attributes: (none)$"
+)
 _ATTRIBUTE = re.compile(r"\s*(.+?) (yes|no)\s*")
 
 
@@ -90,6 +93,16 @@ def parse_response(text: str, order: Order, finished: bool = True) -> Response:
     if grade is None or verdicts is None or len(lines) != 6:
         return Response(ParseOutcome.MALFORMED, grade, verdicts, text)
     return Response(ParseOutcome.OK, grade, verdicts, text)
+
+
+def verdict_spans(text: str) -> list[tuple[int, int]]:
+    """Where a response states its verdicts: category, each yes and no, the decision.
+
+    >>> text = "4\\nquery: a\\nitem: b\\ncategory: match\\nattributes: c yes\\ndecision: excellent"
+    >>> [text[a:b] for a, b in verdict_spans(text)]
+    ['match', 'yes', 'excellent']
+    """
+    return [m.span(m.lastindex or 0) for m in _VERDICT.finditer(text)]
 
 
 def _parse_verdicts(lines: list[str]) -> Verdicts | None:

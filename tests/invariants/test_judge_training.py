@@ -33,6 +33,7 @@ from models.judge.config import (
     SftConfig,
 )
 from models.judge.cot_sft import (
+    SftBatch,
     _prepare,
     draw_examples,
     draw_pairs,
@@ -52,8 +53,8 @@ from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM
 from models.lm.weights import load_lm, load_tokenizer
 from models.metrics import ListSink, NullSink
 from models.rewards.config import RuleRewardConfig
-from models.teacher.template import write
-from models.types import Pair, Product, Query
+from models.teacher.template import gold_verdicts, write
+from models.types import GRADE_NAMES, Pair, Product, Query
 from tests.builders import make_pair, make_pairs, make_tiny_judge
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -112,11 +113,11 @@ def judge(tmp_path_factory: pytest.TempPathFactory, base: str, pairs: list[Pair]
 
 def grade_and_stop(
     encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool, responses: Any
-) -> tuple[list[Any], list[int]]:
+) -> SftBatch:
     """Responses of the grade and the end token, which no stage of ours teaches."""
     ends = [(encoder.label_ids[p.grade - 1], encoder.end_id) for p in batch]
     paths = [(*encoder.prompt(p.query, p.product), e) for p, e in zip(batch, ends, strict=True)]
-    return paths, [0] * len(batch)
+    return SftBatch(paths, [0] * len(batch), [(False, False)] * len(batch))
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -224,8 +225,9 @@ def test_the_grade_is_where_the_loss_looks_for_it(
     base: str, pairs: list[Pair], order: Any, with_steps: bool
 ) -> None:
     encoder = PromptEncoder(load_tokenizer(base), JudgeSpec(PromptConfig(order=order)))
-    paths, grade_at = _prepare(encoder, pairs[:8], with_steps)
-    found = [path[-1][at] for path, at in zip(paths, grade_at, strict=True)]
+    batch = _prepare(encoder, pairs[:8], with_steps)
+    paths = batch.paths
+    found = [path[-1][at] for path, at in zip(paths, batch.grade_at, strict=True)]
     assert found == [encoder.label_ids[p.grade - 1] for p in pairs[:8]]
     # a grade alone must not teach that responses end after the grade
     assert all((path[-1][-1] == encoder.end_id) == with_steps for path in paths)
@@ -281,16 +283,34 @@ def test_a_gradient_that_is_not_finite_stops_the_run_even_at_the_last_step(
 
 
 def test_sft_loss_mixes_the_grade_and_the_steps() -> None:
-    """Rows: grade then two steps; grade then one step; a grade alone."""
+    """Rows: grade, a step token, a verdict; grade and a step token; a grade alone."""
     logp_PT = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -6.0, 0.0], [-5.0, 0.0, 0.0]])
     mask_PT = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
+    verdict_PT = torch.tensor([[0, 0, 1], [0, 0, 0], [0, 0, 0]]).bool()
     logps, at_P = ResponseLogps(logp_PT, mask_PT), torch.zeros(3, dtype=torch.long)
-    grade, steps = (1 + 3 + 5) / 3, (2 + 4 + 6) / 3
-    assert sft_loss(logps, at_P, 0.3)[0].item() == pytest.approx(0.3 * grade + 0.7 * steps)
+    grade, rest, verdict = (1 + 3 + 5) / 3, (2 + 6) / 2, 4
+    mixed = sft_loss(logps, at_P, verdict_PT, 0.3, 0.5)[0].item()
+    assert mixed == pytest.approx(0.3 * grade + 0.5 * verdict + 0.2 * rest)
     plain = (1 + 2 + 4 + 3 + 6 + 5) / 6
-    assert sft_loss(logps, at_P, None)[0].item() == pytest.approx(plain)
+    assert sft_loss(logps, at_P, verdict_PT, None, 0.5)[0].item() == pytest.approx(plain)
+    unstated = sft_loss(logps, at_P, torch.zeros_like(verdict_PT), 0.3, 0.5)[0].item()
+    assert unstated == pytest.approx((0.3 * grade + 0.2 * (2 + 4 + 6) / 3) / 0.5)
     alone = ResponseLogps(logp_PT[2:], mask_PT[2:])
-    assert sft_loss(alone, at_P[:1], 0.3)[0].item() == pytest.approx(5)
+    assert sft_loss(alone, at_P[:1], verdict_PT[2:], 0.3, 0.5)[0].item() == pytest.approx(5)
+
+
+def test_the_verdict_mask_marks_the_stated_verdicts(base: str, pairs: list[Pair]) -> None:
+    encoder = PromptEncoder(load_tokenizer(base), SPEC)
+    for pair in pairs[:8]:
+        text = write(pair, "respond_then_think")
+        ids, inside = encoder.response_segment(text), encoder.verdict_mask(text)
+        assert len(ids) == len(inside)
+        stated = "".join(encoder.decode((i,)) for i, v in zip(ids, inside, strict=True) if v)
+        verdicts = gold_verdicts(pair)
+        words = [str(verdicts.category)]
+        words += ["yes" if holds else "no" for _, holds in verdicts.attributes] or ["none"]
+        words.append(GRADE_NAMES[pair.grade])
+        assert stated.replace(" ", "") == "".join(words)
 
 
 def test_draw_pairs_balances_as_asked() -> None:
@@ -351,10 +371,10 @@ def test_the_draw_depends_on_its_own_settings_alone(pairs: list[Pair]) -> None:
 def test_sft_learns_the_words_it_is_given(base: str, pairs: list[Pair]) -> None:
     encoder = PromptEncoder(load_tokenizer(base), SPEC)
     responses = written(pairs)
-    paths, _ = _prepare(encoder, pairs[:4], True, responses)
+    paths = _prepare(encoder, pairs[:4], True, responses).paths
     wanted = [encoder.response_segment(responses[p.key]) for p in pairs[:4]]
     assert [path[-1] for path in paths] == wanted
-    plain, _ = _prepare(encoder, pairs[:4], True)
+    plain = _prepare(encoder, pairs[:4], True).paths
     assert [path[-1] for path in plain] != wanted
 
 

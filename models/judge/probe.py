@@ -1,0 +1,153 @@
+"""Linear probing before fine-tuning: the judge starts from what its base model already knows.
+
+Consumes a base LM and labelled pairs -> produces the LM with its own output layer, in which the
+four grade rows are moved by what a linear probe of the frozen features learned.
+
+Ours, after LP-FT (Kumar et al., arXiv 2202.10054). Started from the base's own grade rows, a small
+model spends most of a CPU budget on finding any direction that tells grades apart; a probe finds it
+in one forward pass over the pairs. The rows move against each other only (their mean stays), and
+are held still for what the layer reads anywhere but where the grade is due.
+
+Tensor legend: N pairs, D hidden size, L grades.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from models.judge.config import ProbeConfig
+from models.judge.prompt import PromptEncoder
+from models.lm.shared_prefix import SharedPrefixLM, build_tree
+from models.types import Pair
+
+log = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 48
+MAX_ITERATIONS = 200
+
+
+def start_from_probe(
+    model: SharedPrefixLM,
+    encoder: PromptEncoder,
+    pairs: Sequence[Pair],
+    config: ProbeConfig,
+    scratch: Path,
+) -> dict[str, float]:
+    """Untie the output layer of `model.lm` and add the probe's rows to it, in place.
+
+    The rows are kept in `scratch`: a resumed run reads them instead of probing again.
+    """
+    from safetensors.torch import load_file, save_file
+
+    kept = scratch / "probe.safetensors"
+    metrics: dict[str, float] = {}
+    if kept.is_file():
+        delta_LD = load_file(kept)["delta"].to(model.device)
+    else:
+        pairs = pairs[: config.max_pairs]
+        states_ND, gram_DD = answer_states(model, encoder, pairs)
+        labels_N = torch.tensor([p.grade - 1 for p in pairs], device=model.device)
+        rows_LD = _head(model.lm).weight[encoder.label_ids].detach().float()
+        delta_LD, metrics = fit_probe(states_ND, gram_DD, labels_N, rows_LD, config)
+        log.info("probe on %d pairs: %s", len(pairs), metrics)
+        part = kept.with_suffix(".part")
+        save_file({"delta": delta_LD.cpu()}, part)
+        part.replace(kept)
+    untie_head(model.lm)
+    with torch.no_grad():
+        _head(model.lm).weight[encoder.label_ids] += delta_LD
+    return metrics
+
+
+@torch.no_grad()
+def answer_states(
+    model: SharedPrefixLM, encoder: PromptEncoder, pairs: Sequence[Pair]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the output layer reads where the grade is due, and what it reads elsewhere.
+
+    Returns:
+        [N, D] float32 in pair order, and [D, D]: mean h h^T over the tokens before the last one.
+    """
+    was_training = model.training
+    model.eval()
+    root, _ = model.prefill(build_tree([(encoder.root,)]).to(model.device))
+    tails = [encoder.prompt(p.query, p.product)[1:] for p in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: (tails[i][0], len(tails[i][1])))
+    parts, gram_DD, count = [], torch.zeros((), device=model.device), 0
+    for start in tqdm(range(0, len(order), ROWS_AT_ONCE), desc="probe", leave=False):
+        tree = build_tree([tails[i] for i in order[start : start + ROWS_AT_ONCE]])
+        last_PD, before_MD = model.states(tree.to(model.device), root)
+        parts.append(last_PD.float())
+        gram_DD = gram_DD + before_MD.float().T @ before_MD.float()
+        count += len(before_MD)
+    model.train(was_training)
+    states_ND = torch.empty_like(torch.cat(parts))
+    states_ND[order] = torch.cat(parts)
+    return states_ND, gram_DD / max(count, 1)
+
+
+def fit_probe(
+    states_ND: torch.Tensor,
+    gram_DD: torch.Tensor,
+    labels_N: torch.Tensor,
+    rows_LD: torch.Tensor,
+    config: ProbeConfig,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """delta_LD that minimises CE(softmax(h (rows + delta)^T), label) and stays quiet elsewhere.
+
+        mean CE + l2 |s delta|^2 + quiet E_elsewhere |delta h|^2
+
+    s: root mean squares of the features, so that l2 does not depend on their scale. gram_DD:
+    E h h^T elsewhere; without the last term the grade tokens would outbid all others in the middle
+    of a sentence. The mean of delta over the grades is zero.
+
+    Returns:
+        delta and the probe's nll, nats, before and after.
+    """
+    # LBFGS wants double precision: elsewhere is a hundred times louder than here
+    states_ND, gram_DD, rows_LD = states_ND.double(), gram_DD.double(), rows_LD.double()
+    scale_D = states_ND.square().mean(0).sqrt().clamp_min(1e-9)
+    inputs_ND, gram_DD = states_ND / scale_D, gram_DD / scale_D / scale_D[:, None]
+    base_NL = states_ND @ rows_LD.T
+    weight_LD = torch.zeros_like(rows_LD, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weight_LD], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def nll() -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(base_NL + inputs_ND @ weight_LD.T, labels_N)
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        elsewhere = ((weight_LD @ gram_DD) * weight_LD).sum()
+        loss = nll() + config.l2 * weight_LD.square().sum() + config.quiet * elsewhere
+        loss.backward()
+        return loss
+
+    before = nll().item()
+    optimiser.step(closure)
+    with torch.no_grad():
+        delta_LD = weight_LD / scale_D
+        after, loud = nll().item(), ((weight_LD @ gram_DD) * weight_LD).sum(1).mean().sqrt().item()
+        metrics = {"probe/nll_before": before, "probe/nll_after": after, "probe/elsewhere": loud}
+        return (delta_LD - delta_LD.mean(0)).float(), metrics
+
+
+def untie_head(lm: Any) -> None:
+    """Give `lm` an output layer of its own where it shares the input embeddings'."""
+    head, embeddings = _head(lm), lm.get_input_embeddings()
+    if head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(
+            embeddings.weight.detach().clone(), requires_grad=embeddings.weight.requires_grad
+        )
+    lm.config.tie_word_embeddings = False
+
+
+def _head(lm: Any) -> Any:
+    return lm.get_output_embeddings()

@@ -1,0 +1,141 @@
+"""The linear probe: what it fits, where it writes it, and that a reloaded model still has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from models.judge import probe
+from models.judge.config import ProbeConfig, PromptConfig
+from models.judge.probe import answer_states, fit_probe, start_from_probe, untie_head
+from models.judge.prompt import PromptEncoder
+from models.judge.scoring import ScoringJudge
+from models.judge.spec import JudgeSpec
+from models.judge.trainer import save_whole
+from models.lm.shared_prefix import SharedPrefixLM
+from models.lm.weights import load_lm
+from models.types import Pair
+from tests.builders import make_pairs, make_tiny_judge
+
+SPEC = JudgeSpec(PromptConfig())
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    return make_pairs(40)
+
+
+@pytest.fixture(scope="module")
+def base(pairs: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_tiny_judge(tmp_path_factory.mktemp("base"), pairs)
+
+
+def opened(base: str) -> tuple[SharedPrefixLM, PromptEncoder]:
+    lm, tokenizer = load_lm(base)
+    return SharedPrefixLM(lm), PromptEncoder(tokenizer, SPEC)
+
+
+def test_the_moved_rows_classify_what_the_probe_learned() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels_N = torch.arange(200) % 4
+    centres_LD = 3 * torch.randn(4, 16, generator=generator)
+    noise_ND = torch.randn(200, 16, generator=generator)
+    states_ND = centres_LD[labels_N] + noise_ND + 5.0
+    rows_LD = torch.randn(4, 16, generator=generator)
+    config = ProbeConfig(l2=1e-4, quiet=0)
+    delta_LD, metrics = fit_probe(states_ND, torch.eye(16), labels_N, rows_LD, config)
+    logits_NL = states_ND @ (rows_LD + delta_LD).T
+    assert (logits_NL.argmax(1) == labels_N).float().mean() > 0.95
+    assert metrics["probe/nll_after"] < 0.2 * metrics["probe/nll_before"]
+    assert cross_entropy(logits_NL, labels_N).item() == pytest.approx(
+        metrics["probe/nll_after"], abs=1e-4
+    )
+    assert delta_LD.mean(0).abs().max() < 1e-5
+
+
+def test_the_moved_rows_keep_quiet_elsewhere() -> None:
+    """Grades along axis 0; elsewhere axis 0 is loud and axis 1, as telling, is silent."""
+    labels_N = torch.arange(200) % 4
+    signal_N = labels_N.float() - 1.5
+    states_ND = torch.stack([signal_N, signal_N, torch.ones(200)], dim=1)
+    gram_DD = torch.diag(torch.tensor([100.0, 0.0, 0.0]))
+    rows_LD = torch.zeros(4, 3)
+    free, _ = fit_probe(states_ND, gram_DD, labels_N, rows_LD, ProbeConfig(quiet=0))
+    held, metrics = fit_probe(states_ND, gram_DD, labels_N, rows_LD, ProbeConfig(quiet=1))
+    assert free[:, 0].abs().max().item() == pytest.approx(free[:, 1].abs().max().item(), rel=0.05)
+    assert held[:, 0].abs().max() < 0.01 * held[:, 1].abs().max()
+    assert metrics["probe/nll_after"] < 1.0 < metrics["probe/nll_before"]
+
+
+def test_states_are_in_pair_order_and_those_of_the_plain_forward(
+    base: str, pairs: list[Pair]
+) -> None:
+    model, encoder = opened(base)
+    got_ND, gram_DD = answer_states(model, encoder, pairs[:1])
+    got_ND = torch.cat([got_ND, answer_states(model, encoder, pairs[1:7])[0]])
+    for i, (row, pair) in enumerate(zip(got_ND, pairs[:7], strict=True)):
+        root, *tail = encoder.prompt(pair.query, pair.product)
+        ids = torch.tensor([sum((root, *tail), ())])
+        with torch.no_grad():
+            want_TD = model.lm.model(ids).last_hidden_state[0]
+        assert torch.allclose(row, want_TD[-1], atol=1e-4)
+        if i == 0:
+            rest_TD = want_TD[len(root) : -1]
+            want_DD = rest_TD.T @ rest_TD / len(rest_TD)
+            assert torch.allclose(gram_DD, want_DD, atol=1e-4)
+
+
+def test_only_the_grade_rows_move_and_a_reloaded_model_has_them(
+    base: str, pairs: list[Pair], tmp_path: Path
+) -> None:
+    model, encoder = opened(base)
+    before = model.lm.get_input_embeddings().weight.detach().clone()
+    start_from_probe(model, encoder, pairs, ProbeConfig(max_pairs=40), tmp_path)
+    head = model.lm.get_output_embeddings().weight.detach()
+    assert torch.equal(model.lm.get_input_embeddings().weight, before)
+    moved = (head != before).any(1).nonzero()[:, 0].tolist()
+    assert moved == sorted(encoder.label_ids)
+    save_whole(model.lm, encoder.tokenizer, tmp_path / "out")
+    SPEC.write(tmp_path / "out")
+    asked = [(p.query, p.product) for p in pairs[:5]]
+    kept = ScoringJudge.load(tmp_path / "out").score(asked)
+    assert kept == pytest.approx(ScoringJudge(model, encoder).score(asked), abs=1e-5)
+
+
+def test_the_probed_judge_knows_its_pairs_better_than_the_base(
+    base: str, pairs: list[Pair], tmp_path: Path
+) -> None:
+    def nll(model: SharedPrefixLM, encoder: PromptEncoder) -> float:
+        p_NL = torch.tensor(
+            ScoringJudge(model, encoder).score([(p.query, p.product) for p in pairs])
+        )
+        return -p_NL[torch.arange(40), [p.grade - 1 for p in pairs]].log().mean().item()
+
+    model, encoder = opened(base)
+    start = nll(model, encoder)
+    start_from_probe(model, encoder, pairs, ProbeConfig(l2=1e-4, quiet=0), tmp_path)
+    assert nll(model, encoder) < 0.8 * start
+
+
+def test_a_resumed_run_reads_the_rows_instead_of_probing_again(
+    base: str, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, encoder = opened(base)
+    start_from_probe(first, encoder, pairs, ProbeConfig(), tmp_path)
+    monkeypatch.setattr(probe, "answer_states", lambda *_: pytest.fail("probed again"))
+    again, encoder = opened(base)
+    start_from_probe(again, encoder, pairs, ProbeConfig(), tmp_path)
+    rows = [m.lm.get_output_embeddings().weight for m in (first, again)]
+    assert torch.equal(*rows)
+
+
+def test_untying_twice_changes_nothing(base: str) -> None:
+    model, _ = opened(base)
+    untie_head(model.lm)
+    head = model.lm.get_output_embeddings().weight
+    untie_head(model.lm)
+    assert model.lm.get_output_embeddings().weight is head
+    assert not model.lm.config.tie_word_embeddings
