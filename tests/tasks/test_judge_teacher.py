@@ -22,6 +22,7 @@ from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.ingest import ingest
 from tasks.judge import judge_teacher
 from tasks.settings import settings
+from tasks.stage import RETRY_DELAY_S
 from tests.chat_endpoint import FakeEndpoint, failure, good
 
 KEY = "sk-very-secret-hunter2"
@@ -98,12 +99,14 @@ def test_a_run_that_failed_goes_on(server: FakeEndpoint, store: ArtifactRef) -> 
 def test_a_failure_that_may_pass_is_tried_again_by_the_stage(
     server: FakeEndpoint, store: ArtifactRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.stage.time.sleep", lambda _: None)
+    slept: list[float] = []
+    monkeypatch.setattr("tasks.stage.time.sleep", slept.append)
     bad = iter([failure(500), failure(500)])
     server.script = lambda a: next(bad, None) or good(a)
     monkeypatch.setenv("RELEARN_TEACHER_CONCURRENCY", "1")
     made = make(store)
     assert len(read_responses(folder(made), "respond_then_think")) == 12
+    assert RETRY_DELAY_S in slept
     assert len(server.asked) <= 12 + 2 + 2  # what was answered is not asked for again
 
 
@@ -116,6 +119,7 @@ def test_counts_and_progress_are_recorded_and_the_key_is_not(
     monkeypatch.setattr("tasks.stage.PROGRESS_EVERY_S", 0.0)
     caplog.set_level(logging.DEBUG)
     made = make(store)
+    assert {a.headers["authorization"] for a in server.asked} == {f"Bearer {KEY}"}
     run = ArtifactStore(settings()).client.get_run(made.run_id)
     assert run.data.metrics["from_chat"] == run.data.metrics["requests"] == 12
     assert run.data.params["model"] == "fake"

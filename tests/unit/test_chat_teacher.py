@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -164,6 +165,7 @@ def test_known_verdicts_are_given_and_must_come_back(server: FakeEndpoint) -> No
         (answer(4, "attributes: none\ncategory: match"), "six lines"),
         (answer(4, STEPS[4], item=""), "empty step"),
         (answer(3, STEPS[3]), "grade 3"),
+        ("3" + answer(4, STEPS[4])[1:], "grade 3"),
         (answer(4, STEPS[4]).replace("excellent", "irrelevant"), "decision irrelevant"),
         (answer(4, STEPS[1]), "contradict"),
         (answer(4, STEPS[3]), "contradict"),
@@ -429,14 +431,16 @@ def test_an_address_that_cannot_be_or_must_not_be_is_refused(url: str) -> None:
 # the key
 
 
-@pytest.mark.parametrize("status", [401, 429, 500])
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, ConfigError), (429, TransientError), (500, TransientError)]
+)
 def test_the_key_is_in_no_log_and_no_error(
-    server: FakeEndpoint, caplog: pytest.LogCaptureFixture, status: int
+    server: FakeEndpoint, caplog: pytest.LogCaptureFixture, status: int, error: type[Exception]
 ) -> None:
     caplog.set_level(logging.DEBUG)
     server.script = lambda a: failure(status, f"wrong key: {KEY}", retry_after_ms="1")
     writer = ChatWriter(CHAT, endpoint(server), RULES)
-    with pytest.raises((ConfigError, TransientError), match=r"wrong key: \*\*\*") as raised:
+    with pytest.raises(error, match=r"wrong key: \*\*\*") as raised:
         writer.write(make_pair())
     assert server.asked[0].headers["authorization"] == f"Bearer {KEY}"
     assert raised.value.__context__ is None and raised.value.__cause__ is None
@@ -478,7 +482,7 @@ def test_only_what_is_missing_is_asked_for_again(server: FakeEndpoint, tmp_path:
     with pytest.raises(TransientError):
         run(server, pairs, tmp_path, concurrency=4, attempts=1)
     kept = (tmp_path / "scratch" / JOURNAL).read_text().splitlines()
-    assert len(kept) == 8  # whatever was under way when the first one failed is kept too
+    assert len(kept) == 8
     with (tmp_path / "scratch" / JOURNAL).open("a") as journal:
         journal.write('{"query_id": "torn')
     server.script, first = good, [a.item for a in server.asked[:8]]
@@ -487,10 +491,34 @@ def test_only_what_is_missing_is_asked_for_again(server: FakeEndpoint, tmp_path:
     titles = [p.product.title for p in pairs]
     assert sorted(a.item for a in server.asked) == sorted(set(titles) - set(first))
     assert (counts["from_chat"], counts["requests"]) == (20, 12)
+    lines = (tmp_path / "scratch" / JOURNAL).read_text().splitlines()
+    assert sorted(json.loads(line)["product_id"] for line in lines) == sorted(
+        p.product.product_id for p in pairs
+    )
     straight = tmp_path / "straight"
     straight.mkdir()
     run(server, pairs, straight)
     assert (straight / "out" / FILE).read_text() == (tmp_path / "out" / FILE).read_text()
+
+
+def test_answers_under_way_when_one_fails_are_kept(server: FakeEndpoint, tmp_path: Path) -> None:
+    pairs, all_here = make_pairs(12), threading.Barrier(4)
+    first = {p.product.title for p in pairs[:4]}
+
+    def script(asked: Asked) -> Reply:
+        if asked.item in first:
+            all_here.wait(10)
+        if asked.item == pairs[0].product.title:
+            return failure(401)
+        time.sleep(0.3)
+        return good(asked)
+
+    server.script = script
+    with pytest.raises(ConfigError, match="401"):
+        run(server, pairs, tmp_path, concurrency=4)
+    kept = (tmp_path / "scratch" / JOURNAL).read_text().splitlines()
+    ids = {json.loads(line)["product_id"] for line in kept}
+    assert {p.product.product_id for p in pairs[1:4]} <= ids
 
 
 def test_a_replaced_answer_gets_another_chance(server: FakeEndpoint, tmp_path: Path) -> None:
