@@ -165,11 +165,11 @@ def judge_dpo(
     )
 
 
-@stage(name="judge_grpo", kind="judge", code_version="1")
+@stage(name="judge_grpo", kind="judge", code_version="2")
 def judge_grpo(
     ctx: StageContext, config: GrpoConfig, judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
-    """GRPO with class-balanced, difficulty-based dynamic sampling [TaoSR1 s3.3]."""
+    """GRPO with class-balanced, difficulty-based dynamic sampling and, if set, guided replay."""
     import random
 
     from models.judge.cot_sft import draw_pairs
@@ -179,10 +179,14 @@ def judge_grpo(
 
     folder = ctx.open(judge)
     pairs = open_store(ctx, store).pairs("train")
-    rng = random.Random(config.optimiser.seed)
-    candidates = draw_pairs(pairs, config.pool.candidates, 1.0, rng)
-    scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in candidates], "RL pool")
-    pool, facts = choose_pool(candidates, scores.max(1), config.pool)
+    seed = config.optimiser.seed
+    balance = float(config.pool.balanced)
+    candidates = draw_pairs(pairs, config.pool.candidates, balance, random.Random(seed))
+    confidence = None
+    if config.pool.max_confidence is not None:
+        asked = [(p.query, p.product) for p in candidates]
+        confidence = _open_judge(ctx, judge).score(asked, "RL pool").max(1)
+    pool, facts = choose_pool(candidates, confidence, config.pool, seed)
     ctx.table("rl-pool", [facts])
     counts = train_grpo(
         str(folder),

@@ -182,10 +182,52 @@ class PoolConfig(BaseModel):
     """Training pairs scored for the pool."""
     size: int = Field(200, ge=1)
     """Pairs kept; the paper's best recipe uses the least data."""
-    max_confidence: float = Field(0.7, gt=0, le=1)
-    """Pairs the input judge is surer of than this are left out [TaoSR1 s3.3, sister paper]."""
+    max_confidence: float | None = Field(0.7, gt=0, le=1)
+    """Pairs the input judge is surer of than this are left out [TaoSR1 s3.3, sister paper]. None:
+    the pool is drawn at random and the input judge scores nothing."""
     balanced: bool = True
     """Equal counts a grade (CV of the label counts = 0) [TaoSR1 s3.3]."""
+
+
+class ReplayConfig(BaseModel):
+    """Adaptive guided replay [TaoSR-AGRL s3.agr]. The paper prints no number: all are ours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    guidance: Literal["hint", "prefix"] = "hint"
+    """hint: the gold step verdicts stand in the sampler's prompt. prefix: the response is made to
+    begin with the teacher's, and those tokens are not trained on; in respond_then_think the first
+    of them is the grade, so prefixes teach that order its steps only."""
+    max_accuracy: float = Field(0.125, ge=0, lt=1)
+    """Groups with at most this share of right grades enter the buffer: one of eight. A group with
+    more teaches itself."""
+    fade_accuracy: float = Field(0.5, gt=0, le=1)
+    """Un-hinted accuracy at which guidance has faded to none and a prompt leaves the buffer; half
+    is where a group's own contrast is largest."""
+    guided_share: float = Field(0.5, gt=0, lt=1)
+    """Share of a replayed group that is guided at accuracy 0; the un-hinted rest is the contrast
+    that advantages are measured against."""
+    prompts_per_step: int = Field(4, ge=1)
+    """Prompts replayed a step: half of GRPO's, so that guidance stays the smaller stream."""
+    capacity: int = Field(64, ge=1)
+    """Prompts the buffer holds; the least needy, then the latest, go first."""
+    max_tries: int = Field(4, ge=1)
+    """Replays before a prompt is given up: a label that guidance cannot reach may be wrong."""
+    weight: float = Field(1.0, ge=0)
+    """Weight of the replay loss; its ratios are mostly far below one, so it is the smaller stream
+    at 1. 0 measures guidance and trains as if there were none."""
+    max_ratio: float = Field(1.0, gt=0)
+    """c of min(c, ratio): at 1 a guided token never weighs more than one of the policy's own."""
+    prefix_share: float = Field(0.5, gt=0, lt=1)
+    """guidance="prefix": share of the teacher's response forced at first."""
+    prefix_step: float = Field(0.25, gt=0, lt=1)
+    """Added to that share when the guided responses fail, taken off when they succeed."""
+
+    @model_validator(mode="after")
+    def _fades_above_the_threshold(self) -> ReplayConfig:
+        if self.max_accuracy >= self.fade_accuracy:
+            raise ValueError("max_accuracy must lie below fade_accuracy: guidance fades upwards")
+        return self
 
 
 class GrpoConfig(BaseModel):
@@ -203,6 +245,9 @@ class GrpoConfig(BaseModel):
     """G; the sister paper uses 16."""
     gamma: int | None = Field(None, ge=2)
     """Groups with 0 < #correct < gamma are kept; None is G."""
+    keep_spread: bool | None = None
+    """Keep groups that are all wrong (or, without a gamma, all right) too, where their rewards'
+    std is above `std_floor`. None: where the reward is shaped (ours)."""
     max_refills: int = Field(2, ge=0)
     """Rounds of fresh prompts a step may draw to fill its batch."""
     inner_steps: int = Field(1, ge=1)
@@ -223,3 +268,10 @@ class GrpoConfig(BaseModel):
     """Leave responses that hit max_new_tokens out of the loss altogether."""
     responses_at_once: int = Field(32, ge=1)
     """Responses in one forward of the update."""
+    replay: ReplayConfig | None = None
+    """Adaptive guided replay; None is TaoSR1's plain GRPO."""
+
+    @property
+    def spread_kept(self) -> bool:
+        """`keep_spread`, resolved."""
+        return self.reward.shaped if self.keep_spread is None else self.keep_spread

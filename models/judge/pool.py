@@ -5,7 +5,8 @@ from it the next prompts, in an order that survives a restart. Per-prompt pass r
 
 Departures: confidence is the largest of the four grade probabilities from one prefill, which for
 the post-CoT format is exact and needs no rollout; a pool that the bound would leave too small is
-filled with the least confident pairs, and the share is reported.
+filled with the least confident pairs, and the share is reported. Confidence can be left out: the
+pool is then drawn at random.
 """
 
 from __future__ import annotations
@@ -23,19 +24,24 @@ from models.types import GRADES, Pair
 
 
 def choose_pool(
-    pairs: Sequence[Pair], confidence: np.ndarray, config: PoolConfig
+    pairs: Sequence[Pair], confidence: np.ndarray | None, config: PoolConfig, seed: int = 0
 ) -> tuple[list[Pair], dict[str, float]]:
     """The pool and what it looks like: size, label_cv, share under the confidence bound.
 
     Args:
-        confidence: [N] largest grade probability of each pair.
+        confidence: [N] largest grade probability of each pair; None where
+            `config.max_confidence` is None, and then `seed` orders the pairs.
 
     Raises:
         DataContractError: no pairs.
     """
     if not pairs:
         raise DataContractError(explain("no pairs for the RL pool", "labelled pairs", "add labels"))
-    order = np.argsort(confidence, kind="stable")
+    bound = config.max_confidence
+    if confidence is None or bound is None:
+        order = np.random.default_rng(seed).permutation(len(pairs))
+    else:
+        order = np.argsort(confidence, kind="stable")
     by_grade: dict[int, list[int]] = {g: [] for g in GRADES}
     for i in order:
         by_grade[pairs[i].grade].append(int(i))
@@ -45,13 +51,11 @@ def choose_pool(
         chosen = [i for g in present for i in by_grade[g][: max(quota, 1)]]
     else:
         chosen = [int(i) for i in order[: config.size]]
-    under = sum(confidence[i] < config.max_confidence for i in chosen)
     counts = np.array([c for c in Counter(pairs[i].grade for i in chosen).values()], dtype=float)
-    return [pairs[i] for i in chosen], {
-        "pool/size": len(chosen),
-        "pool/label_cv": float(counts.std() / counts.mean()),
-        "pool/unsure_share": under / len(chosen),
-    }
+    facts = {"pool/size": len(chosen), "pool/label_cv": float(counts.std() / counts.mean())}
+    if confidence is not None and bound is not None:
+        facts["pool/unsure_share"] = float(np.mean(confidence[chosen] < bound))
+    return [pairs[i] for i in chosen], facts
 
 
 class PromptPool:

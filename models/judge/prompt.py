@@ -52,7 +52,7 @@ class PromptEncoder:
         """The query and the further rules it triggers. `hint` is for guided replay only."""
         extra = "".join(f"{r.text}\n" for r in self.rule_base.concerning(query))
         text = normalise(self._plain(query.text))[: self.config.max_query_chars]
-        return self._encode(f"{extra}query: {text}\n{hint}")
+        return self._encode(f"{extra}query: {text}\n{self._plain(hint)}")
 
     def item_segment(self, query: Query, product: Product) -> Segment:
         """The item, its evidence, and the opening of the assistant's turn."""

@@ -1,4 +1,4 @@
-"""The clipped policy-gradient surrogate and the three ways of averaging it.
+"""The clipped policy-gradient surrogate, the truncated one, and the three ways of averaging them.
 
 log-probs + advantages -> the surrogate, element by element -> one number to maximise.
 
@@ -6,6 +6,9 @@ Shapes: B sequences, T tokens; `clipped_surrogate` takes any shapes that broadca
 """
 
 from __future__ import annotations
+
+import math
+from typing import Literal
 
 import torch
 
@@ -40,6 +43,45 @@ def clipped_surrogate(
         (rho > 1.0 + clip_high) & (advantages > 0)
     )
     return torch.minimum(rho * advantages, bounded * advantages), clipped
+
+
+def truncated_surrogate(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, max_ratio: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(c, rho) A, its gradient min(c, rho) A grad logp; rho = exp(logp - old), c = max_ratio.
+
+    Truncated importance sampling for responses drawn by a guided sampler, whose log-probs are
+    `old_logp` [TaoSR-AGRL s3.agr]. Unlike a clip, a truncated ratio keeps its (bounded) gradient:
+    a token that the policy likes better than the sampler did is still learned from. Unreduced, to
+    be maximised.
+
+    Returns:
+        the surrogate, and a bool tensor: True where the ratio was truncated.
+
+    >>> logp = torch.log(torch.tensor([0.2, 0.8])).requires_grad_()
+    >>> value, cut = truncated_surrogate(logp, torch.log(torch.tensor([0.4, 0.4])), 3.0, 1.0)
+    >>> value.sum().backward()
+    >>> [round(x, 4) for x in logp.grad.tolist()], cut.tolist()
+    ([1.5, 3.0], [False, True])
+    """
+    gap = logp - old_logp
+    bound = math.log(max_ratio)
+    weight = torch.exp(gap.detach().clamp(max=bound))
+    return weight * advantages * torch.exp(gap - gap.detach()), gap.detach() > bound
+
+
+def reduce_objective(
+    values_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    kind: Literal["grpo", "dapo", "dr_grpo"],
+    max_tokens: int,
+) -> torch.Tensor:
+    """The reduction that `kind` names; `max_tokens` matters to dr_grpo alone."""
+    if kind == "dapo":
+        return reduce_dapo(values_BT, mask_BT)
+    if kind == "dr_grpo":
+        return reduce_dr_grpo(values_BT, mask_BT, max_tokens)
+    return reduce_grpo(values_BT, mask_BT)
 
 
 def reduce_grpo(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -50,11 +50,16 @@ _ATTRIBUTE = re.compile(r"\s*(.+?) (yes|no)\s*")
 
 def render_steps(query_step: str, item_step: str, verdicts: Verdicts, grade: int) -> str:
     """The five steps as text, without the grade token [TaoSR1 s3.1]."""
-    attributes = ", ".join(f"{n} {'yes' if h else 'no'}" for n, h in verdicts.attributes) or "none"
     return (
-        f"query: {query_step}\nitem: {item_step}\ncategory: {verdicts.category}\n"
-        f"attributes: {attributes}\ndecision: {GRADE_NAMES[grade]}"
+        f"query: {query_step}\nitem: {item_step}\n{render_verdicts(verdicts)}\n"
+        f"decision: {GRADE_NAMES[grade]}"
     )
+
+
+def render_verdicts(verdicts: Verdicts) -> str:
+    """The lines of the two matching steps."""
+    attributes = ", ".join(f"{n} {'yes' if h else 'no'}" for n, h in verdicts.attributes) or "none"
+    return f"category: {verdicts.category}\nattributes: {attributes}"
 
 
 def render_response(
