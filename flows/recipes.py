@@ -22,6 +22,7 @@ from models.judge.config import (
     PassAtNConfig,
     PoolConfig,
     PromptConfig,
+    ReplayConfig,
     SftConfig,
 )
 from models.sources import SourceConfig, SyntheticSource
@@ -167,6 +168,7 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
                 group_size=4,
                 max_new_tokens=96,
                 max_refills=1,
+                replay=ReplayConfig(prompts_per_step=2),
             ),
             answers=AnswersConfig(max_pairs=100, reasoning_pairs=16, max_new_tokens=96),
         ),
@@ -204,6 +206,7 @@ def full(store: str = "synthetic") -> PipelineConfig:
                 group_size=16,
                 max_new_tokens=256,
                 responses_at_once=128,
+                replay=ReplayConfig(prompts_per_step=32, capacity=512),
             ),
             calibration=CalibrationConfig(max_pairs=5000),
             answers=AnswersConfig(max_pairs=5000, reasoning_pairs=500, max_new_tokens=256),

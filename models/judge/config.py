@@ -247,7 +247,7 @@ class GrpoConfig(BaseModel):
     """Groups with 0 < #correct < gamma are kept; None is G."""
     keep_spread: bool | None = None
     """Keep groups that are all wrong (or, without a gamma, all right) too, where their rewards'
-    std is above `std_floor`. None: where the reward is shaped (ours)."""
+    std is above `std_floor`. None: where the reward is shaped [TaoSR1 s3.3, ours]."""
     max_refills: int = Field(2, ge=0)
     """Rounds of fresh prompts a step may draw to fill its batch."""
     inner_steps: int = Field(1, ge=1)

@@ -64,6 +64,7 @@ def test_the_form_explains_its_fields() -> None:
         ("judge.base=a=b", "judge.base", "a=b"),
         ("judge.sft.optimiser.lora={}", "judge.sft.optimiser.lora.r", 16),
         ('judge.teacher={"kind": "chat", "model": "r1"}', "judge.teacher.model", "r1"),
+        ("judge.grpo.replay={}", "judge.grpo.replay.max_ratio", 1.0),
         ("embedder.evaluation.ks=[5, 20]", "embedder.evaluation.ks", (5, 20)),
         ("data.source.num_products=500", "data.source.num_products", 500),
     ],
