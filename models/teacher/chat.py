@@ -204,7 +204,8 @@ class ChatWriter:
             else:
                 trouble = self._refused(f"HTTP {status} ({said})", status)
         except openai.APIConnectionError as error:  # timeouts are among them
-            trouble = self._passing(self._without_key(error.message))
+            why = f"{error.message} ({error.__cause__})" if error.__cause__ else error.message
+            trouble = self._passing(self._without_key(why))
         except (openai.OpenAIError, ValueError) as error:  # a body that is no JSON is a ValueError
             said = self._without_key(str(error))[:MESSAGE_CHARS]
             trouble = self._refused(f"an answer that cannot be read ({said})", 200)
