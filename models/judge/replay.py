@@ -204,13 +204,17 @@ class GuidedReplay:
     def _sample(
         self, wanted: Sequence[tuple[int, TokenPath, Segment, int]]
     ) -> dict[int, list[Judged]]:
-        """{prompt: judged responses} for (prompt, path, forced beginning, how many)."""
-        paths = [path for _, path, _, count in wanted for _ in range(count)]
-        drawn = iter(self.draw.rollouts(paths, 1, self.generator) if paths else [])
-        return {
-            index: [self.draw.judge(index, next(drawn)[0], forced) for _ in range(count)]
-            for index, _, forced, count in wanted
-        }
+        """{prompt: judged responses} for (prompt, path, forced beginning, how many).
+
+        Equal counts are drawn together, so that a prompt's siblings share its prefix.
+        """
+        out: dict[int, list[Judged]] = {}
+        for size in sorted({count for *_, count in wanted}):
+            rows = [row for row in wanted if row[3] == size]
+            drawn = self.draw.rollouts([path for _, path, _, _ in rows], size, self.generator)
+            for (index, _, forced, _), rollouts in zip(rows, drawn, strict=True):
+                out[index] = [self.draw.judge(index, r, forced) for r in rollouts]
+        return out
 
     def _move_on(self, stuck: Stuck, guided: Sequence[Judged]) -> None:
         """One try more and a new length of the prefix; out of the buffer at the end of either."""
