@@ -75,7 +75,7 @@ def run(
         bool, typer.Option("--show-config", help="Print every setting as JSON and stop.")
     ] = False,
 ) -> None:
-    """Take a store through every stage: data, judge, retriever, index, evaluation, registry.
+    """Take a store through every stage: data, judge, retriever, index, evaluation, registry, gate.
 
     Stages whose inputs and settings are unchanged are taken from the cache; the table at the end
     says which, and why the others were made. Safe to interrupt: run it again and it goes on.
@@ -114,6 +114,7 @@ def _show_result(result: Any, seconds: float) -> None:
     rows = read_table(artifacts.path(result.retriever.evaluation), RETRIEVAL_TABLE)
     console.print(retrieval_table(rows))
     console.print(registry_table(result.registered))
+    _show_decision(result.release)
     made = sum(not r.cached for r in result.reports)
     console.print(
         f"{len(result.reports)} stages, {made} made, {len(result.reports) - made} cached, "
@@ -125,6 +126,93 @@ def _show_result(result: Any, seconds: float) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _show_decision(released: Any) -> None:
+    """The gate's checks, what became of the candidates, and how to decide otherwise."""
+    from flows.tables import decision_table
+    from models.evaluation.gate import Outcome
+
+    decision, command = released.decision, f"relearn promote --store {released.store_name}"
+    console.print(decision_table(decision))
+    if released.action is not None:
+        said = f"Champion by this run ({released.action})."
+    elif decision.outcome is Outcome.ASK:
+        said = f"Borderline, so held: {decision.summary}\nTo promote it all the same: {command}"
+    elif len(decision.reasons) == 1:
+        said = decision.reasons[0].note
+    else:
+        said = (
+            f"Held: {decision.summary}\nTo promote it all the same: {command} --force --reason ..."
+        )
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def promote(
+    store: StoreName = "synthetic",
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote even what the gate holds; needs --reason.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="Kept in the history with the promotion.")] = "",
+    home: Home = None,
+) -> None:
+    """Make the candidates the champions: judge, embedder and index, all three or none.
+
+    The gate decides again, against the champions as they are now. A clear win and a borderline
+    candidate are promoted; what the gate holds is not, unless --force says so with a --reason.
+
+    Examples:
+
+        relearn promote
+
+        relearn promote --force --reason "new labels, agreed with the search team"
+    """
+    _prepare(home)
+    from flows.release import promote_candidates
+    from flows.tables import registry_table
+
+    released = promote_candidates(store, force, reason)
+    console.print(registry_table(released.registered))
+    _show_decision(released)
+    if released.action is None and len(released.decision.reasons) > 1:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rollback(
+    store: StoreName = "synthetic",
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="Version of the index to go back to. [default: the one before]"),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Kept in the history.")] = "",
+    home: Home = None,
+) -> None:
+    """Make earlier champions the champions again: judge, embedder and index together.
+
+    What is rolled back is marked withdrawn: it is not promoted again by itself, an embedder that a
+    withdrawn judge taught is flagged, and `relearn versions` shows both. Nothing is deleted.
+    """
+    _prepare(home)
+    from flows.release import roll_back
+
+    before, after = roll_back(store, to, reason)
+    console.print(f"champion: {after.title}   (was {before.title})", highlight=False)
+
+
+@app.command()
+def versions(store: StoreName = "synthetic", home: Home = None) -> None:
+    """List every version: aliases, key metrics, what it was made with, and the gate's decision.
+
+    A note says since when a version is or was champion, that it was withdrawn, or that it was made
+    with something withdrawn. The index's version is the number that `relearn rollback --to` takes.
+    """
+    _prepare(home)
+    from flows.release import list_versions
+    from flows.tables import versions_table
+
+    console.print(versions_table(store, list_versions(store)))
 
 
 @app.command()

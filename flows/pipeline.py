@@ -11,7 +11,7 @@ from flows.data import prepare_data
 from flows.embedder import EmbedderResult, train_embedder
 from flows.judge import JudgeResult, train_judge
 from flows.recipes import PipelineConfig
-from flows.release import release
+from flows.release import ReleaseResult, release
 from tasks.stage import StageReport, pipeline
 
 
@@ -21,17 +21,22 @@ class PipelineResult:
 
     judge: JudgeResult
     retriever: EmbedderResult
-    registered: list[dict[str, Any]]
+    release: ReleaseResult
     reports: list[StageReport]
     run_id: str
+
+    @property
+    def registered(self) -> list[dict[str, Any]]:
+        """The versions it registered, one row a model."""
+        return self.release.registered
 
 
 @flow(name="relearn", log_prints=False)
 def run_pipeline(config: PipelineConfig) -> PipelineResult:
-    """From raw store files to two registered models, an index and an evaluation."""
+    """From raw store files to two registered models, an index, an evaluation and a decision."""
     with pipeline(f"relearn {config.name}", experiment=config.name) as current:
         store = prepare_data(config.data)
         judge = train_judge(config.judge, store)
         retriever = train_embedder(config.embedder, store, judge.judge)
-        registered = release(config.name, judge, retriever)
-    return PipelineResult(judge, retriever, registered, current.reports, current.run_id)
+        released = release(config.name, judge, retriever, config.gate)
+    return PipelineResult(judge, retriever, released, current.reports, current.run_id)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
 from models.errors import ConfigError, explain
+from models.evaluation.gate import GateConfig
 from models.index.lance import IndexConfig
 from models.judge.config import (
     DpoConfig,
@@ -87,6 +88,8 @@ class PipelineConfig(_Config):
     data: DataConfig
     judge: JudgeConfig
     embedder: EmbedderConfig
+    gate: GateConfig = GateConfig()
+    """What a candidate must reach to become champion."""
 
 
 def _source(store: str) -> Any:

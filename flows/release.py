@@ -1,24 +1,210 @@
-"""Release: judge, retriever and index become registered model versions."""
+"""Release: judge, retriever and index become versions, and champions if the gate says so."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow, task
 
 from flows.embedder import EmbedderResult
 from flows.judge import JudgeResult
+from models.errors import ConfigError, explain
+from models.evaluation.gate import Decision, GateConfig, Outcome, Reason
 from tasks.artifacts import ArtifactStore
-from tasks.release import register_candidates
+from tasks.gate import Call, Verdict, compare, config_of, record
+from tasks.release import (
+    Action,
+    Moved,
+    Release,
+    candidates,
+    finish_pending,
+    promote,
+    register_candidates,
+    registered_rows,
+    rollback,
+    version_rows,
+)
 from tasks.settings import settings
+from tasks.stage import Stage, current_settings, pipeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReleaseResult:
+    """What became of the candidates."""
+
+    store_name: str
+    registered: list[dict[str, Any]]
+    """One row a model: name, version, aliases as they are now, artifact."""
+    decision: Decision
+    action: Action | None
+    """How they became champions; None when they did not."""
 
 
 @flow(name="release", log_prints=False)
-def release(name: str, judge: JudgeResult, retriever: EmbedderResult) -> list[dict[str, Any]]:
-    """Register candidates, and a first champion where there is none."""
-    register = task(name="register", persist_result=False)(register_candidates)
-    artifacts = ArtifactStore(settings().model_copy(update={"experiment": name}))
+def release(
+    name: str, judge: JudgeResult, retriever: EmbedderResult, gate: GateConfig | None = None
+) -> ReleaseResult:
+    """Register candidates, compare them with the champions, and promote a clear win.
+
+    A borderline candidate waits for a person in the Prefect UI where `Settings.wait_for_approval`
+    is on and there is a server with a UI; elsewhere it is held, and `relearn promote` decides.
+    """
+    config = gate or GateConfig()
+    artifacts = _artifacts(name)
     refs = {"judge": judge.judge, "embedder": retriever.embedder, "index": retriever.index}
     evaluations = {"judge": judge.evaluation, "retrieval": retriever.evaluation}
-    rows: list[dict[str, Any]] = register(name, refs, evaluations, artifacts=artifacts)
-    return rows
+    finish_pending(name, artifacts=artifacts)
+    candidate = _task(register_candidates, "register")(name, refs, evaluations, artifacts=artifacts)
+    verdict = compare(name, candidate, config, artifacts=artifacts, call=Stage.__call__)
+    _task(record, "gate")(name, verdict, config, artifacts=artifacts)
+    _show_markdown(name, verdict.decision)
+    action, reason = _action(verdict)
+    if action is not None:
+        verdict, action = _task(_promote, "promote")(
+            name, verdict, action, reason, config, artifacts
+        )
+    rows = registered_rows(name, candidate, artifacts=artifacts)
+    return ReleaseResult(name, rows, verdict.decision, action)
+
+
+def _artifacts(name: str) -> ArtifactStore:
+    return ArtifactStore(current_settings().model_copy(update={"experiment": name}))
+
+
+def _task(function: Any, name: str) -> Any:
+    return task(name=name, persist_result=False)(function)
+
+
+def _action(verdict: Verdict) -> tuple[Action | None, str]:
+    """What to do about a decision; a borderline one may wait here for a person."""
+    decision = verdict.decision
+    if decision.outcome is Outcome.PROMOTE:
+        return (Action.FIRST if verdict.champion is None else Action.PROMOTED), decision.summary
+    if decision.outcome is Outcome.ASK and settings().wait_for_approval:
+        approved, reason = _ask(decision)
+        return (Action.APPROVED if approved else None), reason
+    return None, ""
+
+
+def _ask(decision: Decision) -> tuple[bool, str]:
+    """Pause this flow run until somebody resumes it in the UI with the form filled in."""
+    from prefect.exceptions import FlowPauseTimeout
+    from prefect.flow_runs import pause_flow_run
+    from prefect.input import RunInput
+    from prefect.settings import PREFECT_API_URL
+
+    class Approval(RunInput):
+        """The form."""
+
+        promote: bool = False
+        reason: str = ""
+
+    if not PREFECT_API_URL.value():
+        log.warning("no Prefect server with a UI to wait for: the candidate is held")
+        return False, ""
+    form = Approval.with_initial_data(description=decision.as_markdown())
+    wait_s = settings().approval_timeout_s
+    log.warning("borderline; waiting %d s for approval in the Prefect UI", wait_s)
+    try:
+        answer = pause_flow_run(wait_for_input=form, timeout=wait_s)
+    except FlowPauseTimeout:
+        log.warning("nobody answered within %d s: the candidate is held", wait_s)
+        return False, ""
+    return answer.promote, answer.reason or "approved in the Prefect UI"
+
+
+def _promote(
+    name: str,
+    verdict: Verdict,
+    action: Action,
+    reason: str,
+    config: GateConfig,
+    artifacts: ArtifactStore,
+) -> tuple[Verdict, Action | None]:
+    """Promote, or hold where another run was quicker."""
+    moved = promote(name, verdict.candidate, verdict.champion, action, reason, artifacts=artifacts)
+    if moved is Moved.DONE:
+        return verdict, action
+    late = Reason(
+        "champion unchanged meanwhile",
+        "no",
+        None,
+        None,
+        False,
+        note="another run promoted while this one compared; the next run compares with that",
+    )
+    held = Verdict(verdict.candidate, verdict.champion, verdict.decision.but(late))
+    record(name, held, config, artifacts=artifacts)
+    return held, None
+
+
+def promote_candidates(name: str, force: bool = False, reason: str = "") -> ReleaseResult:
+    """A person's promotion of the candidates: decide again, then promote unless the gate holds.
+
+    force: promote even then; needs a reason, which the history keeps.
+
+    Raises:
+        ConfigError: force without a reason.
+        ArtifactError: no candidates, or their files are gone.
+    """
+    if force and not reason.strip():
+        raise ConfigError(explain("--force alone", "a reason for the history", "add --reason TEXT"))
+    artifacts = _artifacts(name)
+    finish_pending(name, artifacts=artifacts)
+    candidate = candidates(name, artifacts=artifacts)
+    config = config_of(candidate, artifacts=artifacts)
+    call: Call = Stage.make
+    with pipeline(f"promote {name}", experiment=name):
+        artifacts = _artifacts(name)
+        verdict = compare(name, candidate, config, artifacts=artifacts, call=call)
+        record(name, verdict, config, artifacts=artifacts)
+        action = _by_hand(verdict, force)
+        if action is not None:
+            why = reason or verdict.decision.summary
+            verdict, action = _promote(name, verdict, action, why, config, artifacts)
+    rows = registered_rows(name, candidate, artifacts=artifacts)
+    return ReleaseResult(name, rows, verdict.decision, action)
+
+
+def _by_hand(verdict: Verdict, force: bool) -> Action | None:
+    """Asking is what this answers; a hold needs force, unless there is nothing to promote."""
+    champion = verdict.champion
+    if champion is None:
+        return Action.FIRST
+    if champion.fingerprints == verdict.candidate.fingerprints:
+        return None
+    if verdict.decision.outcome is Outcome.HOLD:
+        return Action.FORCED if force else None
+    asked = verdict.decision.outcome is Outcome.ASK
+    return Action.APPROVED if asked else Action.PROMOTED
+
+
+def roll_back(name: str, to: str | None = None, reason: str = "") -> tuple[Release, Release]:
+    """Champions before and after: the earlier ones, or those with index version `to`, again."""
+    artifacts = _artifacts(name)
+    return rollback(name, to, reason, artifacts=artifacts)
+
+
+def list_versions(name: str) -> list[dict[str, Any]]:
+    """Every version of a store, once what a crash left pending is carried out."""
+    artifacts = _artifacts(name)
+    finish_pending(name, artifacts=artifacts)
+    return version_rows(name, artifacts=artifacts)
+
+
+def _show_markdown(name: str, decision: Decision) -> None:
+    """The reasons in the Prefect UI. What is only shown may fail: MLflow has it too."""
+    from prefect.artifacts import create_markdown_artifact
+
+    try:
+        create_markdown_artifact(
+            key=f"gate-{name.replace('_', '-')}",
+            markdown=decision.as_markdown(),
+            description=f"{decision.outcome}: {decision.summary}"[:500],
+        )
+    except Exception as error:
+        log.warning("Prefect does not show the decision: %s", error)

@@ -13,7 +13,7 @@ from models.errors import ArtifactError, ConfigError, DataContractError, explain
 from models.types import Product, Query
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.registry import champion
-from tasks.release import model_name
+from tasks.release import finish_pending, model_name
 from tasks.settings import settings
 
 OPTIONAL_COLUMNS: dict[str, tuple[type, ...]] = {
@@ -36,7 +36,10 @@ def _champion_ref(artifacts: ArtifactStore, store_name: str, role: str) -> Artif
 
 
 def _artifacts(store_name: str) -> ArtifactStore:
-    return ArtifactStore(settings().model_copy(update={"experiment": store_name}))
+    """The store, once a move of champions that a crash cut off is carried out."""
+    artifacts = ArtifactStore(settings().model_copy(update={"experiment": store_name}))
+    finish_pending(store_name, artifacts=artifacts)
+    return artifacts
 
 
 class Champion:

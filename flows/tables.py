@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
+from models.evaluation.gate import Decision, Outcome, shown, verdict
 from tasks.stage import StageReport
 
 JUDGE_COLUMNS = {
@@ -68,6 +70,46 @@ def registry_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name)
     for row in rows:
         table.add_row(*(str(row[name]) for name in ("model", "version", "alias", "artifact")))
+    return table
+
+
+def decision_table(decision: Decision) -> Table:
+    """Every check of the gate."""
+    table = Table(title=f"Gate: {decision.outcome}", title_justify="left")
+    for name in ("check", "candidate", "champion", "bound", "passed", "note"):
+        right = name in ("candidate", "champion", "bound")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    colours = {Outcome.ASK: "yellow", Outcome.HOLD: "red", Outcome.PROMOTE: "dim"}
+    for r in decision.reasons:
+        said = "yes" if r.passed else f"[{colours[r.otherwise]}]{verdict(r)}[/]"
+        values = (shown(v) for v in (r.candidate, r.champion, r.bound))
+        table.add_row(escape(r.name), *map(escape, values), said, escape(r.note))
+    return table
+
+
+VERSION_METRICS = {
+    "judge": ("macro_f1", "accuracy", "kappa"),
+    "embedder": ("ndcg_at_10", "recall_at_100"),
+    "index": ("index_recall",),
+}
+"""Metrics of `relearn versions`, by role."""
+
+
+def versions_table(store_name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Versions by role, newest first."""
+    table = Table(title=f"Versions of {store_name}", title_justify="left")
+    for name in ("model", "version", "alias", "metrics", "made with", "decision", "note"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("model", "version"))
+    before = None
+    for row in rows:
+        if before is not None and row["role"] != before:
+            table.add_section()
+        before = row["role"]
+        known = [m for m in VERSION_METRICS[before] if m in row["metrics"]]
+        metrics = "  ".join(f"{m.replace('_at_', '@')} {row['metrics'][m]:.3f}" for m in known)
+        note = "; ".join(filter(None, (row["promoted"], row["flag"])))
+        cells = (before, row["version"], row["alias"], metrics, row["made_with"])
+        table.add_row(*cells, escape(row["decision"]), escape(note))
     return table
 
 

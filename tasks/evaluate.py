@@ -35,15 +35,17 @@ class RetrievalEvalConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="evaluate_judge", kind="evaluation", code_version="1")
+@stage(name="evaluate_judge", kind="evaluation", code_version="2")
 def evaluate_judge(
     ctx: StageContext, answers: dict[str, ArtifactRef], judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
     """One row a judge, overall and by segment, on the same test pairs; a majority row first.
 
-    answers: {row name: judge_answers artifact}. The last one is also read by CumPT.
+    answers: {row name: judge_answers artifact}. The last one is also read by CumPT; what it did on
+    each pair is kept for the gate.
     """
     from models.evaluation.judge_table import judge_rows
+    from models.evaluation.outcomes import judge_outcomes
     from models.judge.spec import JudgeSpec
 
     data = open_store(ctx, store)
@@ -51,10 +53,11 @@ def evaluate_judge(
     spec = JudgeSpec.read(ctx.open(judge))
     assert spec.beta_cum is not None, "the judge artifact is calibrated"
     rows = judge_rows(loaded, data, spec.prompt.order, spec.beta_cum)
+    judge_outcomes(list(loaded.values())[-1], data, spec.beta_cum).write(ctx.out)
     return _publish(ctx, JUDGE_TABLE, "judge", rows, rows[-1])
 
 
-@stage(name="evaluate_retrieval", kind="evaluation", code_version="1")
+@stage(name="evaluate_retrieval", kind="evaluation", code_version="2")
 def evaluate_retrieval(
     ctx: StageContext,
     config: RetrievalEvalConfig,
@@ -63,9 +66,13 @@ def evaluate_retrieval(
     judge: ArtifactRef,
     store: ArtifactRef,
 ) -> Mapping[str, float]:
-    """Random, BM25 and one row an encoder over the whole catalogue, overall and by segment."""
+    """Random, BM25 and one row an encoder over the whole catalogue, overall and by segment.
+
+    What the last encoder did on each query is kept for the gate.
+    """
     from models.embedder.encoder import encode, load_encoder
     from models.evaluation.lexical import Bm25, random_run
+    from models.evaluation.outcomes import retrieval_outcomes
     from models.evaluation.retrieval import evaluate_runs, write_trec_qrels, write_trec_run
     from models.index.lance import LanceIndex
     from models.rewards.quality import quality_scores
@@ -86,6 +93,7 @@ def evaluate_retrieval(
     for name, run in runs.items():
         write_trec_run(run, ctx.out / f"{name}.trec", tag=name)
     write_trec_qrels(qrels, ctx.out / "qrels.txt")
+    retrieval_outcomes(runs[list(runs)[-1]], qrels, data).write(ctx.out)
     good = _goodrate_judge(ctx, config, judge, runs, queries, products)
     levels, source = quality_scores(data)
     rows = evaluate_runs(runs, qrels, data.query_by_id, products, good, levels, config.ks)

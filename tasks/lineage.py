@@ -37,7 +37,7 @@ def lineage(name: str, *, store: ArtifactStore | None = None) -> Tree:
 
     store = store or ArtifactStore(settings())
     model = _model(store, name)
-    run = _run_of(store, model.ref.label if model else name)
+    run = run_of(store, model.ref.label if model else name)
     if run is None:
         known = ", ".join(_known(store)) or "nothing yet"
         raise ArtifactError(explain(f"the name {name!r}", f"one of {known}", "choose one"))
@@ -53,7 +53,7 @@ def _grow(store: ArtifactStore, node: Tree, run: Run, seen: dict[str, int]) -> N
     """Add the parents of `run`; an artifact that appears again is named, not repeated."""
     parents = store.ref(run).parents
     for label in parents:
-        parent = _run_of(store, label)
+        parent = run_of(store, label)
         if parent is None:
             node.add(f"{label} [red](no run: deleted from MLflow)[/red]")
         elif label in seen:
@@ -74,7 +74,7 @@ def _model(store: ArtifactStore, name: str) -> Registered | None:
     return best or next(iter(every), None)
 
 
-def _run_of(store: ArtifactStore, label: str) -> Run | None:
+def run_of(store: ArtifactStore, label: str) -> Run | None:
     """The newest finished run of a stage, or of "stage@fingerprint prefix"."""
     stage, _, prefix = label.partition("@")
     if not _SAFE.fullmatch(stage) or (prefix and not re.fullmatch("[0-9a-f]+", prefix)):

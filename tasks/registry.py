@@ -109,14 +109,11 @@ def set_alias(name: str, alias: str, version: str, *, store: ArtifactStore | Non
     store.client.set_registered_model_alias(name, alias, version)
 
 
-def first_champion_if_none(name: str, version: str, *, store: ArtifactStore | None = None) -> bool:
-    """Make `version` the champion when there is none; whether it was made so."""
+def delete_alias(name: str, alias: str, *, store: ArtifactStore | None = None) -> None:
+    """Take `alias` off model `name`; nothing happens where it has none."""
     store = store or _store()
-    with FileLock(store.lock_file(f"registry-{name}")):
-        if champion(name, store=store) is not None:
-            return False
-        set_alias(name, CHAMPION, version, store=store)
-    return True
+    if alias in _aliases(store.client, name):
+        store.client.delete_registered_model_alias(name, alias)
 
 
 def versions(name: str, *, store: ArtifactStore | None = None) -> list[Registered]:

@@ -1,15 +1,115 @@
-"""Register what was made: judge, retriever and index as model versions, and a first champion."""
+"""Releases: judge, embedder and index of a store are champions together, or not at all.
+
+Consumes ArtifactRefs -> produces model versions, the alias `champion` on all three, and one MLflow
+run a move. That run is the intent record and the history at once:
+
+1. It is opened RUNNING with the sets before and after as tags: one write, all or nothing.
+2. The published index moves (`PUBLISHERS`), then the three aliases, then the versions' tags. Each
+   step may be repeated.
+3. The run is FINISHED. A crash before that leaves it RUNNING, and `finish_pending`, which every run
+   and command calls first, carries it out. An error on the way moves everything back: FAILED.
+
+One move at a time: a file lock under the home. A promotion names the champion that its decision
+was made against and is refused when there is another one by now.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import enum
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from tasks.artifacts import ArtifactRef, ArtifactStore
+from filelock import FileLock
+
+from models.errors import ArtifactError, ConfigError, RelearnError, explain
+from tasks import registry
+from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
-from tasks.registry import first_champion_if_none, get, register
+from tasks.registry import CANDIDATE, CHAMPION, Registered
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 ROLES = ("judge", "embedder", "index")
+MOVE = f"{TAG}move"
+"""Tag of a move's run: the store's name."""
+WITHDRAWN = "withdrawn"
+"""Tag of a version that was rolled back from: when and why."""
+PROMOTED = "promoted"
+"""Tag of a version that became champion: when and how."""
+INDEX_RECALL = "index_recall"
+"""Metric of an index version: its recall@10 against the exact index."""
+HISTORY = 500
+"""Moves looked at."""
+
+Publish = Callable[[str, ArtifactRef], None]
+PUBLISHERS: tuple[Publish, ...] = ()
+"""What else moves with the aliases: each is called with (store name, index artifact) and puts that
+index where it is served from. It must be repeatable: after a crash it is called again, and on an
+error once more with the index from before."""
+
+log = logging.getLogger(__name__)
+
+
+class Action(enum.StrEnum):
+    """Why a set became champion."""
+
+    FIRST = "first"
+    PROMOTED = "promoted"
+    APPROVED = "approved"
+    FORCED = "forced"
+    ROLLED_BACK = "rolled back"
+
+
+class Moved(enum.StrEnum):
+    """How a promotion ended."""
+
+    DONE = "done"
+    OVERTAKEN = "overtaken"
+    """Another champion than the one decided against; nothing was touched."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A judge, an embedder and an index that move together."""
+
+    parts: Mapping[str, Registered]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Identity of each part."""
+        return {role: part.ref.fingerprint for role, part in self.parts.items()}
+
+    @property
+    def version(self) -> str:
+        """The index's number: an index has one embedder, and that one judge."""
+        return self.parts["index"].version
+
+    @property
+    def title(self) -> str:
+        """`judge 3, embedder 4, index 4`."""
+        return ", ".join(f"{role} {self.parts[role].version}" for role in ROLES)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One change of champions; before is None for the first."""
+
+    run_id: str
+    action: Action
+    before: Mapping[str, str] | None
+    after: Mapping[str, str]
+    reason: str
+    started_ms: int
+
+    @property
+    def when(self) -> str:
+        """Local time, to the minute."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.started_ms / 1000))
 
 
 def model_name(store_name: str, role: str) -> str:
@@ -23,33 +123,364 @@ def register_candidates(
     evaluations: Mapping[str, ArtifactRef],
     *,
     artifacts: ArtifactStore,
-) -> list[dict[str, Any]]:
-    """Make every ref a version with alias `candidate`; the first of its name is also `champion`.
-
-    Returns:
-        one row a model: name, version, its aliases, artifact.
-    """
+) -> Release:
+    """Make every ref a version with alias `candidate`; who becomes champion is for the gate."""
     judge = read_table(artifacts.path(evaluations["judge"]), JUDGE_TABLE)
     retrieval = read_table(artifacts.path(evaluations["retrieval"]), RETRIEVAL_TABLE)
     metrics = {
         "judge": _numbers([r for r in judge if r["segment"] == "all"][-1]),
         "embedder": _numbers([r for r in retrieval if r["segment"] == "all"][-1]),
     }
-    metrics["index"] = metrics["embedder"]
-    rows = []
+    metrics["index"] = metrics["embedder"] | _index_recall(refs["index"], artifacts)
+    tags = {f"evaluation_{k}": ref.label for k, ref in evaluations.items()}
+    parts = {}
     for role in ROLES:
         name = model_name(store_name, role)
-        tags = {f"evaluation_{k}": ref.label for k, ref in evaluations.items()}
-        version = register(name, refs[role], metrics[role], tags, store=artifacts)
-        first_champion_if_none(name, version, store=artifacts)
-        made = get(name, version, store=artifacts)
+        version = registry.register(name, refs[role], metrics[role], tags, store=artifacts)
+        made = registry.get(name, version, store=artifacts)
         assert made is not None, "it was registered above"
-        alias = ", ".join(made.aliases)
-        rows.append(
-            {"model": name, "version": version, "alias": alias, "artifact": refs[role].label}
-        )
-    return rows
+        parts[role] = made
+    return Release(parts)
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and v == v}
+
+
+def _index_recall(index: ArtifactRef, artifacts: ArtifactStore) -> dict[str, float]:
+    """What the index stage measured; {} when it did not."""
+    found = artifacts.client.get_run(index.run_id).data.metrics.get("recall_at_10")
+    return {} if found is None else {INDEX_RECALL: float(found)}
+
+
+def release_of(store_name: str, alias: str, *, artifacts: ArtifactStore) -> Release | None:
+    """The set with `alias`, None when one of the three has none."""
+    parts = {
+        role: registry.get(model_name(store_name, role), alias, store=artifacts) for role in ROLES
+    }
+    found = {role: part for role, part in parts.items() if part is not None}
+    return Release(found) if len(found) == len(ROLES) else None
+
+
+def candidates(store_name: str, *, artifacts: ArtifactStore) -> Release:
+    """The set with alias `candidate`.
+
+    Raises:
+        ArtifactError: nothing was registered.
+    """
+    found = release_of(store_name, CANDIDATE, artifacts=artifacts)
+    if found is None:
+        got = f"no candidates of {store_name} under {artifacts.settings.home}"
+        raise ArtifactError(explain(got, "a registered candidate", "relearn run --store ... first"))
+    return found
+
+
+def release_with(
+    store_name: str, fingerprints: Mapping[str, str], *, artifacts: ArtifactStore
+) -> Release | None:
+    """The set of these artifacts as it is registered now, None when a version is gone."""
+    parts = {}
+    for role in ROLES:
+        every = registry.versions(model_name(store_name, role), store=artifacts)
+        part = next((v for v in every if v.ref.fingerprint == fingerprints.get(role)), None)
+        if part is None:
+            return None
+        parts[role] = part
+    return Release(parts)
+
+
+def promote(
+    store_name: str,
+    candidate: Release,
+    champion: Release | None,
+    action: Action,
+    reason: str,
+    *,
+    artifacts: ArtifactStore,
+    publishers: Sequence[Publish] | None = None,
+) -> Moved:
+    """Make `candidate` the champion, if `champion` still is it.
+
+    Raises:
+        ArtifactError: files of the candidate are gone; nothing was touched.
+    """
+    with FileLock(_lock(store_name, artifacts)):
+        _finish_pending(store_name, artifacts, publishers)
+        now = release_of(store_name, CHAMPION, artifacts=artifacts)
+        expected = None if champion is None else champion.fingerprints
+        if (None if now is None else now.fingerprints) != expected:
+            return Moved.OVERTAKEN
+        _make_move(store_name, candidate, now, action, reason, artifacts, publishers)
+    return Moved.DONE
+
+
+def rollback(
+    store_name: str,
+    to: str | None = None,
+    reason: str = "",
+    *,
+    artifacts: ArtifactStore,
+    publishers: Sequence[Publish] | None = None,
+) -> tuple[Release, Release]:
+    """Make an earlier champion the champion again: (from, to). What is left is marked withdrawn.
+
+    to: number of an index that was champion; None: the champion promoted before this one that was
+    not withdrawn.
+
+    Raises:
+        ArtifactError: no champion, no earlier one, or files that are gone.
+        ConfigError: `to` is the champion, or never was one.
+    """
+    with FileLock(_lock(store_name, artifacts)):
+        _finish_pending(store_name, artifacts, publishers)
+        now = release_of(store_name, CHAMPION, artifacts=artifacts)
+        if now is None:
+            got = f"no champion of {store_name} under {artifacts.settings.home}"
+            raise ArtifactError(explain(got, "a champion to roll back", "relearn run first"))
+        past = _past(store_name, artifacts)
+        target = _chosen(past, to, now) if to else _previous(past, now)
+        why = reason or f"rolled back to {target.title}"
+        _make_move(store_name, target, now, Action.ROLLED_BACK, why, artifacts, publishers)
+    return now, target
+
+
+def finish_pending(
+    store_name: str, *, artifacts: ArtifactStore, publishers: Sequence[Publish] | None = None
+) -> list[Move]:
+    """Carry out the moves that a crash left unfinished; returns them. Nothing to do: one query."""
+    if not _moves(store_name, artifacts, "RUNNING"):
+        return []
+    with FileLock(_lock(store_name, artifacts)):
+        return _finish_pending(store_name, artifacts, publishers)
+
+
+def history(store_name: str, *, artifacts: ArtifactStore) -> list[Move]:
+    """Every finished move, oldest first."""
+    return _moves(store_name, artifacts, "FINISHED")
+
+
+def _lock(store_name: str, artifacts: ArtifactStore) -> str:
+    return str(artifacts.lock_file(f"promotion-{store_name}"))
+
+
+def _moves(store_name: str, artifacts: ArtifactStore, status: str) -> list[Move]:
+    quoted = store_name.replace("'", "")
+    condition = f"tags.`{MOVE}` = '{quoted}' and attributes.status = '{status}'"
+    return [_move(run) for run in reversed(artifacts.search(condition, HISTORY))]
+
+
+def _move(run: Run) -> Move:
+    tags = run.data.tags
+    return Move(
+        run_id=run.info.run_id,
+        action=Action(tags[f"{MOVE}.action"]),
+        before=json.loads(tags[f"{MOVE}.before"]),
+        after=json.loads(tags[f"{MOVE}.after"]),
+        reason=tags[f"{MOVE}.reason"],
+        started_ms=run.info.start_time,
+    )
+
+
+def _make_move(
+    store_name: str,
+    after: Release,
+    before: Release | None,
+    action: Action,
+    reason: str,
+    artifacts: ArtifactStore,
+    publishers: Sequence[Publish] | None,
+) -> None:
+    for part in after.parts.values():
+        found = artifacts.find(part.ref.fingerprint)
+        if found.ref is None:
+            why = f"{part.name} version {part.version}: {found.reason or 'no finished run'}"
+            raise ArtifactError(explain(why, "a whole artifact", "relearn run makes it again"))
+    tags = {
+        "mlflow.runName": f"champion: {after.title}",
+        MOVE: store_name,
+        f"{MOVE}.action": str(action),
+        f"{MOVE}.before": json.dumps(None if before is None else before.fingerprints),
+        f"{MOVE}.after": json.dumps(after.fingerprints),
+        f"{MOVE}.reason": reason[:4000],
+    }
+    if artifacts.settings.pipeline_run:
+        tags["mlflow.parentRunId"] = artifacts.settings.pipeline_run
+    run = artifacts.client.create_run(artifacts.experiment_id, tags=tags)
+    _carry_out(store_name, _move(run), artifacts, publishers)
+
+
+def _finish_pending(
+    store_name: str, artifacts: ArtifactStore, publishers: Sequence[Publish] | None
+) -> list[Move]:
+    """Call it holding the lock: then a RUNNING move has lost its process."""
+    done = []
+    for move in _moves(store_name, artifacts, "RUNNING"):
+        log.warning("a move of %s's champions was cut off; carrying it out", store_name)
+        try:
+            _carry_out(store_name, move, artifacts, publishers)
+        except RelearnError as error:
+            log.warning("it cannot be carried out and was taken back: %s", error)
+        else:
+            done.append(move)
+    return done
+
+
+def _carry_out(
+    store_name: str, move: Move, artifacts: ArtifactStore, publishers: Sequence[Publish] | None
+) -> None:
+    """Move everything, or everything back on an error; may be called again after a crash."""
+    try:
+        _point(store_name, move.after, artifacts, publishers)
+    except Exception as error:
+        artifacts.client.set_tag(move.run_id, f"{TAG}error", f"{type(error).__name__}: {error}")
+        if move.before is None:
+            _point_nowhere(store_name, artifacts)
+        else:
+            _point(store_name, move.before, artifacts, publishers)
+        artifacts.client.set_terminated(move.run_id, "FAILED")
+        raise
+    _mark(store_name, move, artifacts)
+    artifacts.client.set_terminated(move.run_id, "FINISHED")
+
+
+def _point(
+    store_name: str,
+    fingerprints: Mapping[str, str],
+    artifacts: ArtifactStore,
+    publishers: Sequence[Publish] | None,
+) -> None:
+    release = release_with(store_name, fingerprints, artifacts=artifacts)
+    if release is None:
+        got = f"no version of {store_name} with {dict(fingerprints)}"
+        raise ArtifactError(explain(got, "registered versions", "relearn run registers them again"))
+    for publish in PUBLISHERS if publishers is None else publishers:
+        publish(store_name, release.parts["index"].ref)
+    for part in (release.parts[role] for role in ROLES):
+        registry.set_alias(part.name, CHAMPION, part.version, store=artifacts)
+
+
+def _point_nowhere(store_name: str, artifacts: ArtifactStore) -> None:
+    for role in ROLES:
+        registry.delete_alias(model_name(store_name, role), CHAMPION, store=artifacts)
+
+
+def _mark(store_name: str, move: Move, artifacts: ArtifactStore) -> None:
+    """Tags of the versions: champions are promoted, what a rollback leaves is withdrawn."""
+    client = artifacts.client
+    after = release_with(store_name, move.after, artifacts=artifacts)
+    before = release_with(store_name, move.before or {}, artifacts=artifacts)
+    for part in after.parts.values() if after else ():
+        how = f"{move.when} {move.action}"
+        client.set_model_version_tag(part.name, part.version, PROMOTED, how)
+        if WITHDRAWN in part.tags:
+            client.delete_model_version_tag(part.name, part.version, WITHDRAWN)
+    if move.action is Action.ROLLED_BACK and before:
+        for role, part in before.parts.items():
+            if part.ref.fingerprint != move.after[role]:
+                why = f"{move.when} {move.reason}"
+                client.set_model_version_tag(part.name, part.version, WITHDRAWN, why)
+
+
+def _past(store_name: str, artifacts: ArtifactStore) -> list[Release]:
+    """The sets that were promoted, oldest first, as far as they are registered still."""
+    moves = history(store_name, artifacts=artifacts)
+    sets = [move.before for move in moves[:1] if move.before]
+    sets += [move.after for move in moves if move.action is not Action.ROLLED_BACK]
+    found = (release_with(store_name, s, artifacts=artifacts) for s in sets)
+    return [release for release in found if release is not None]
+
+
+def _previous(past: Sequence[Release], now: Release) -> Release:
+    """The last one promoted before `now` was, without a withdrawn part."""
+    places = [i for i, r in enumerate(past) if r.fingerprints == now.fingerprints]
+    for release in reversed(past[: places[-1]] if places else ()):
+        if release.fingerprints != now.fingerprints and not withdrawn_parts(release):
+            return release
+    got = f"no champion before {now.title} that was not withdrawn"
+    raise ArtifactError(explain(got, "an earlier champion", "relearn versions, then --to V"))
+
+
+def _chosen(past: Sequence[Release], to: str, now: Release) -> Release:
+    others = {r.version: r for r in past if r.fingerprints != now.fingerprints}
+    if to not in others:
+        have = ", ".join(others) or "no other"
+        got = f"--to {to}" + (", the champion" if to == now.version else "")
+        do = "choose one; `relearn promote` promotes a candidate that never was champion"
+        raise ConfigError(explain(got, f"an index version that was champion ({have})", do))
+    return others[to]
+
+
+def withdrawn_parts(release: Release) -> tuple[str, ...]:
+    """Parts that were rolled back from, e.g. ("judge 3",)."""
+    return tuple(
+        f"{role} {release.parts[role].version}"
+        for role in ROLES
+        if WITHDRAWN in release.parts[role].tags
+    )
+
+
+def withdrawn_teacher(
+    store_name: str, embedder: Registered, *, artifacts: ArtifactStore
+) -> Registered | None:
+    """The withdrawn judge that taught `embedder`, if one did."""
+    judges = registry.versions(model_name(store_name, "judge"), store=artifacts)
+    return next(
+        (j for j in judges if WITHDRAWN in j.tags and j.ref.label in embedder.ref.parents), None
+    )
+
+
+def registered_rows(store_name: str, release: Release, *, artifacts: ArtifactStore) -> list[Any]:
+    """One row a model, with its aliases as they are now."""
+    now = release_with(store_name, release.fingerprints, artifacts=artifacts)
+    assert now is not None, "it was registered by this run"
+    return [
+        {
+            "model": part.name,
+            "version": part.version,
+            "alias": ", ".join(part.aliases),
+            "artifact": part.ref.label,
+        }
+        for part in now.parts.values()
+    ]
+
+
+def version_rows(store_name: str, *, artifacts: ArtifactStore) -> list[dict[str, Any]]:
+    """Every version, newest first by role: aliases, metrics, what it was made with, its decision.
+
+    Raises:
+        ArtifactError: the store has none.
+    """
+    every = {r: registry.versions(model_name(store_name, r), store=artifacts) for r in ROLES}
+    if not any(every.values()):
+        got = f"no versions of {store_name} under {artifacts.settings.home}"
+        raise ArtifactError(explain(got, "a registered model", "relearn run --store ... first"))
+    by_label = {v.ref.label: (role, v) for role in ROLES for v in every[role]}
+    flags: dict[str, str] = {}
+    rows = []
+    for role in ROLES:
+        for version in every[role]:
+            made_with = [by_label[p] for p in version.ref.parents if p in by_label]
+            flags[version.ref.label] = _flag(version, made_with, flags)
+            rows.append(
+                {
+                    "role": role,
+                    "version": version.version,
+                    "alias": ", ".join(version.aliases),
+                    "metrics": version.metrics,
+                    "made_with": ", ".join(f"{r} {v.version}" for r, v in made_with),
+                    "decision": version.tags.get("decision", ""),
+                    "promoted": version.tags.get(PROMOTED, ""),
+                    "flag": flags[version.ref.label],
+                }
+            )
+    return rows
+
+
+def _flag(
+    version: Registered, made_with: Sequence[tuple[str, Registered]], flags: Mapping[str, str]
+) -> str:
+    """Withdrawn itself, or made with something that is or was."""
+    if WITHDRAWN in version.tags:
+        return f"withdrawn {version.tags[WITHDRAWN]}"
+    bad = [f"{role} {v.version}" for role, v in made_with if flags.get(v.ref.label)]
+    return f"made with withdrawn {', '.join(bad)}" if bad else ""

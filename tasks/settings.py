@@ -56,6 +56,11 @@ class Settings(BaseSettings):
     """MLflow experiment; the CLI sets the store's name."""
     pipeline_run: str | None = None
     """MLflow run id that stage runs nest under (set by the pipeline for other processes)."""
+    wait_for_approval: bool = False
+    """Whether a borderline candidate pauses its flow run until a person decides in the Prefect UI
+    (needs `prefect_api_url`); off, it is held and `relearn promote` decides."""
+    approval_timeout_s: int = Field(default=86_400, ge=1)
+    """How long it waits; then the candidate is held."""
     teacher_api_key: SecretStr | None = None
     """Key of an OpenAI-compatible teacher endpoint."""
     teacher_url: str | None = None

@@ -409,7 +409,7 @@ class Stage:
         started = time.monotonic()
         bound = self._bind(inputs)
         identity = identify(self.name, self.code_version, bound)
-        current = _current_settings()
+        current = current_settings()
         store = ArtifactStore(current)
         log = _run_log()
         report = self._cached(store, identity, log, started)
@@ -580,7 +580,7 @@ def _is_transient(task: object, run: object, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), TransientError)
 
 
-def _current_settings() -> Settings:
+def current_settings() -> Settings:
     """Settings of the environment, with the open pipeline's experiment and run id."""
     current, outer = settings(), _pipeline.get()
     if outer is None:

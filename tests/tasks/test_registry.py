@@ -44,9 +44,8 @@ def test_same_fingerprint_is_registered_once(current: Settings) -> None:
 def test_candidate_moves_and_champion_stays(current: Settings) -> None:
     one = registry.register("judge", made(0), tags={"store": "synthetic"})
     assert registry.champion("judge") is None
-    assert registry.first_champion_if_none("judge", one)
+    registry.set_alias("judge", "champion", one)
     two = registry.register("judge", made(1))
-    assert not registry.first_champion_if_none("judge", two)
     champion, candidate = registry.champion("judge"), registry.get("judge", "candidate")
     assert champion is not None and champion.version == one
     assert champion.tags == {"store": "synthetic"}
@@ -54,6 +53,10 @@ def test_candidate_moves_and_champion_stays(current: Settings) -> None:
     registry.set_alias("judge", "champion", two)
     promoted = registry.champion("judge")
     assert promoted is not None and promoted.aliases == ("candidate", "champion")
+    for _ in range(2):
+        registry.delete_alias("judge", "champion")
+        assert registry.champion("judge") is None
+    assert registry.get("judge", "candidate") is not None
 
 
 def test_alias_of_an_unknown_version_is_refused(current: Settings) -> None:
@@ -64,7 +67,7 @@ def test_alias_of_an_unknown_version_is_refused(current: Settings) -> None:
 
 def test_version_whose_files_went_is_replaced_with_its_aliases(current: Settings) -> None:
     store, ref = ArtifactStore(current), made()
-    registry.first_champion_if_none("judge", registry.register("judge", ref))
+    registry.set_alias("judge", "champion", registry.register("judge", ref))
     shutil.rmtree(store.path(ref))
     with pytest.raises(ArtifactError, match=r"files missing: model\.txt"):
         registry.register("judge", ref)
@@ -85,7 +88,7 @@ def text_of(name: str) -> str:
 def test_lineage_reaches_the_raw_files(current: Settings) -> None:
     ref = made(3)
     version = registry.register("judge", ref, {"f1": 0.5})
-    registry.first_champion_if_none("judge", version)
+    registry.set_alias("judge", "champion", version)
     for name in ("judge", "judge@champion", "judge/1"):
         lines = text_of(name)
         assert lines.index("judge version 1") < lines.index(ref.label) < lines.index("ingest@")
