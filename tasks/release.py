@@ -330,29 +330,37 @@ def _carry_out(
 ) -> None:
     """Move everything, or everything back on an error; may be called again after a crash."""
     try:
-        _point(store_name, move.after, artifacts, publishers)
+        after = _resolved(store_name, move.after, artifacts)
+        _point(store_name, after, artifacts, publishers)
     except Exception as error:
         artifacts.client.set_tag(move.run_id, f"{TAG}error", f"{type(error).__name__}: {error}")
         if move.before is None:
             _point_nowhere(store_name, artifacts)
         else:
-            _point(store_name, move.before, artifacts, publishers)
+            before = _resolved(store_name, move.before, artifacts)
+            _point(store_name, before, artifacts, publishers)
         artifacts.client.set_terminated(move.run_id, "FAILED")
         raise
-    _mark(store_name, move, artifacts)
+    _mark(store_name, move, after, artifacts)
     artifacts.client.set_terminated(move.run_id, "FINISHED")
 
 
-def _point(
-    store_name: str,
-    fingerprints: Mapping[str, str],
-    artifacts: ArtifactStore,
-    publishers: Sequence[Publish] | None,
-) -> None:
+def _resolved(
+    store_name: str, fingerprints: Mapping[str, str], artifacts: ArtifactStore
+) -> Release:
     release = release_with(store_name, fingerprints, artifacts=artifacts)
     if release is None:
         got = f"no version of {store_name} with {dict(fingerprints)}"
         raise ArtifactError(explain(got, "registered versions", "relearn run registers them again"))
+    return release
+
+
+def _point(
+    store_name: str,
+    release: Release,
+    artifacts: ArtifactStore,
+    publishers: Sequence[Publish] | None,
+) -> None:
     for publish in PUBLISHERS if publishers is None else publishers:
         publish(store_name, release.parts["index"].ref)
     for part in (release.parts[role] for role in ROLES):
@@ -364,21 +372,21 @@ def _point_nowhere(store_name: str, artifacts: ArtifactStore) -> None:
         registry.delete_alias(model_name(store_name, role), CHAMPION, store=artifacts)
 
 
-def _mark(store_name: str, move: Move, artifacts: ArtifactStore) -> None:
+def _mark(store_name: str, move: Move, after: Release, artifacts: ArtifactStore) -> None:
     """Tags of the versions: champions are promoted, what a rollback leaves is withdrawn."""
     client = artifacts.client
-    after = release_with(store_name, move.after, artifacts=artifacts)
-    before = release_with(store_name, move.before or {}, artifacts=artifacts)
-    for part in after.parts.values() if after else ():
+    for part in after.parts.values():
         how = f"{move.when} {move.action}"
         client.set_model_version_tag(part.name, part.version, PROMOTED, how)
         if WITHDRAWN in part.tags:
             client.delete_model_version_tag(part.name, part.version, WITHDRAWN)
-    if move.action is Action.ROLLED_BACK and before:
-        for role, part in before.parts.items():
-            if part.ref.fingerprint != move.after[role]:
-                why = f"{move.when} {move.reason}"
-                client.set_model_version_tag(part.name, part.version, WITHDRAWN, why)
+    if move.action is not Action.ROLLED_BACK or move.before is None:
+        return
+    before = release_with(store_name, move.before, artifacts=artifacts)
+    for role, part in before.parts.items() if before else ():
+        if part.ref.fingerprint != move.after[role]:
+            why = f"{move.when} {move.reason}"
+            client.set_model_version_tag(part.name, part.version, WITHDRAWN, why)
 
 
 def _past(store_name: str, artifacts: ArtifactStore) -> list[Release]:

@@ -342,7 +342,9 @@ def store(tmp_path: Path) -> Any:
     """A small store of the embedded source."""
     from models.sources import SyntheticSource, load
 
-    return load(SyntheticSource(num_products=100, num_queries=12, judgments_per_query=6), None).store
+    return load(
+        SyntheticSource(num_products=100, num_queries=12, judgments_per_query=6), None
+    ).store
 
 
 def test_judge_outcomes_are_the_served_grades(store: Any) -> None:
