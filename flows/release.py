@@ -29,6 +29,9 @@ from tasks.release import (
 from tasks.settings import settings
 from tasks.stage import Stage, current_settings, pipeline
 
+APPROVAL_POLL_S = 10
+"""Seconds between two looks whether somebody has answered."""
+
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +113,7 @@ def _ask(decision: Decision) -> tuple[bool, str]:
     wait_s = settings().approval_timeout_s
     log.warning("borderline; waiting %d s for approval in the Prefect UI", wait_s)
     try:
-        answer = pause_flow_run(wait_for_input=form, timeout=wait_s)
+        answer = pause_flow_run(form, timeout=wait_s, poll_interval=APPROVAL_POLL_S)
     except FlowPauseTimeout:
         log.warning("nobody answered within %d s: the candidate is held", wait_s)
         return False, ""

@@ -13,10 +13,12 @@ import pytest
 
 from flows import cli
 from models.store import Store
+from tasks.release import Action, Moved, promote
 from tests.flows.conftest import SMALLER, Chain
+from tests.releases import artifacts, make_release
 
 STORE = ("--store", "synthetic-smoke")
-COMMANDS = ("run", "judge", "score", "search", "evaluate", "lineage")
+COMMANDS = "run judge score search evaluate lineage promote rollback versions".split()
 
 
 class Done:
@@ -190,6 +192,7 @@ def test_run_shows_the_tables_and_the_way_on(relearn: Relearn, chain: Chain) -> 
     text = relearn("run", "--recipe", "smoke", *changes, "--home", chain.home).check()
     assert "0 made" in text and "mlflow ui" in text and "prefect server start" in text
     assert "SFT + R-GRPO" in text and "+ GRPO + CumPT" in text and "candidate" in text
+    assert text.index("Registered") < text.index("Gate: ") < text.index("mlflow ui")
 
 
 def test_show_config_prints_json_and_runs_nothing(relearn: Relearn, tmp_path: Path) -> None:
@@ -207,6 +210,43 @@ def test_show_config_prints_json_and_runs_nothing(relearn: Relearn, tmp_path: Pa
     ).check()
     assert PipelineConfig.model_validate_json(text).judge.dpo.beta == 0.2
     assert not (tmp_path / "mlflow.db").exists()
+
+
+# promotion, on releases that nothing trained
+
+
+@pytest.fixture
+def shop(home: Path) -> Path:
+    """A home with a champion of quality .5 and a candidate of .4."""
+    first = make_release(quality=0.5)
+    moved = promote("shop", first, None, Action.FIRST, "the first", artifacts=artifacts())
+    assert moved is Moved.DONE
+    make_release(quality=0.4, judge=1)
+    return home
+
+
+def test_a_candidate_is_held_then_forced_then_rolled_back(relearn: Relearn, shop: Path) -> None:
+    tail = ("--store", "shop", "--home", shop)
+    held = relearn("promote", *tail)
+    assert held.code == 1 and "Gate: hold" in held.out and "--force --reason" in held.out
+    relearn("promote", "--force", *tail).check_refused("ConfigError", "--reason TEXT")
+
+    forced = relearn("promote", "--force", "--reason", "agreed", *tail).check()
+    assert "Champion by this run (forced)" in forced and "candidate, champion" in forced
+    assert "nothing to do" in relearn("promote", *tail).check()
+    text = relearn("versions", *tail).check()
+    assert "kappa 0.500" in text and "recall 1.000" in text and "forced" in text
+    assert "withdrawn" not in text
+
+    text = relearn("rollback", "--reason", "complaints", *tail).check()
+    assert "champion: judge 1, embedder 1, index 1" in text and "judge 2" in text
+    text = relearn("versions", *tail).check()
+    assert "complaints" in " ".join(text.split()) and "withdrawn" in text
+    assert "nothing withdrawn" in relearn("promote", *tail).out
+    relearn("rollback", *tail).check_refused("ArtifactError", "no champion before")
+    relearn("rollback", "--to", "7", *tail).check_refused("ConfigError", "--to 7", "(2)")
+    text = relearn("rollback", "--to", "2", *tail).check()
+    assert "champion: judge 2, embedder 2, index 2" in text
 
 
 # users' mistakes
@@ -274,7 +314,15 @@ def test_blank_texts(relearn: Relearn, chain: Chain, arguments: tuple[str, ...])
 
 @pytest.mark.parametrize(
     "arguments",
-    [("judge", "a", "b"), ("search", "a"), ("lineage", "nothing"), ("score", "x", "-o", "y")],
+    [
+        ("judge", "a", "b"),
+        ("search", "a"),
+        ("lineage", "nothing"),
+        ("score", "x", "-o", "y"),
+        ("promote",),
+        ("rollback",),
+        ("versions",),
+    ],
 )
 def test_a_home_without_champions(relearn: Relearn, home: Path, arguments: tuple[str, ...]) -> None:
     relearn(*arguments, "--home", home).check_refused("expected", "do this")

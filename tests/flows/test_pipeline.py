@@ -10,11 +10,16 @@ from collections import Counter
 import pytest
 
 from flows.tables import JUDGE_COLUMNS, RETRIEVAL_COLUMNS
+from models.evaluation.gate import Outcome
+from models.evaluation.outcomes import Outcomes
 from models.store import SPLITS, Store
 from models.text import normalise
 from tasks import registry
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
-from tests.flows.conftest import Chain, at_home
+from tasks.gate import _measure_judge, _measure_retrieval, contender
+from tasks.release import Action, release_of
+from tasks.stage import Stage
+from tests.flows.conftest import Chain, at_home, small_config
 
 STAGES = {
     "ingest": 1,
@@ -111,6 +116,34 @@ def test_candidate_and_first_champion_are_registered(chain: Chain) -> None:
         assert version.metrics
 
 
+def test_the_first_release_is_champion_and_its_floors_are_noted(chain: Chain) -> None:
+    released = chain.results[0].release
+    assert released.action is Action.FIRST and released.decision.outcome is Outcome.PROMOTE
+    rows = {r.name: r for r in released.decision.reasons}
+    table = read_table(chain.artifacts.path(chain.results[0].judge.evaluation), JUDGE_TABLE)
+    served = [r for r in table if r["segment"] == "all"][-1]
+    assert rows["judge kappa"].candidate == pytest.approx(served["kappa"])
+    table = read_table(chain.artifacts.path(chain.results[0].retriever.evaluation), RETRIEVAL_TABLE)
+    last = [r for r in table if r["segment"] == "all"][-1]
+    assert rows["retrieval nDCG@10"].candidate == pytest.approx(last["ndcg@10"])
+    assert rows["index recall@10"].candidate == 1.0
+
+
+def test_what_the_stages_measure_of_a_champion_is_what_its_own_run_kept(chain: Chain) -> None:
+    """A champion is measured on a candidate's set; here the candidate is the champion itself."""
+    name = small_config().name
+    with at_home(chain.home):
+        release = release_of(name, "champion", artifacts=chain.artifacts)
+        assert release is not None
+        known = contender(name, release, artifacts=chain.artifacts).outcomes
+        for what, measure in (("judge", _measure_judge), ("retrieval", _measure_retrieval)):
+            made = measure(release, release, chain.artifacts, Stage.make)
+            found = Outcomes.read(chain.artifacts.path(made))
+            assert found.evaluation_set == known[what].evaluation_set
+            assert found.values == known[what].values and found.values
+            assert found.segments == known[what].segments
+
+
 def test_no_test_query_is_in_any_training_pair(chain: Chain) -> None:
     """Splits are disjoint by text, and no stage before the evaluation read a test query."""
     by_name = {r.ref.name: chain.artifacts.path(r.ref) for r in chain.results[0].reports}
@@ -147,6 +180,8 @@ def test_what_is_cached_and_what_is_made_again(chain: Chain) -> None:
     assert all(r.reason.startswith("cached: ") for r in second.reports)
     assert [r.ref for r in second.reports] == [r.ref for r in first.reports]
     assert [r["version"] for r in second.registered] == ["1", "1", "1"]
+    assert second.release.action is None
+    assert "nothing to do" in second.release.decision.summary
 
     changed = chain.run("judge.dpo.beta=0.3")
     made = [r for r in changed.reports if not r.cached]
@@ -158,6 +193,12 @@ def test_what_is_cached_and_what_is_made_again(chain: Chain) -> None:
     assert "judge" in grpo.reason and "beta" not in grpo.reason
     assert [r["version"] for r in changed.registered] == ["2", "2", "2"]
     assert all(r["alias"] == "candidate" for r in changed.registered)
+    assert changed.release.action is None
+    compared = {r.name: r for r in changed.release.decision.reasons}
+    assert compared["judge: units"].candidate == 40
+    assert compared["judge: same evaluation set"].passed
+    assert compared["retrieval: same evaluation set"].passed
+    assert compared["parts belong together"].passed and compared["nothing withdrawn"].passed
 
     with at_home(chain.home):
         champion = registry.champion("synthetic-smoke-judge")
