@@ -118,7 +118,7 @@ def _number(role: str, name: str, value: float | None) -> Contender:
 
 
 @pytest.mark.parametrize("name", FLOORS)
-@pytest.mark.parametrize("value", [0.0, math.nan, -math.inf, None])
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -math.inf, None])
 def test_a_number_that_is_low_or_nan_or_missing_holds(name: str, value: float | None) -> None:
     decision = decide(FLOORS[name](value), CHAMPION, CONFIG)
     assert (decision.outcome, failed(decision)) == (Outcome.HOLD, [name])
