@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from models.errors import ConfigError, RelearnError, explain
@@ -267,26 +268,69 @@ def search(
     query: Annotated[str, typer.Argument(help="What a shopper typed.")],
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Products shown.")] = 10,
     mode: Annotated[str, typer.Option(help="vector, lexical or hybrid.")] = "vector",
+    brand: Annotated[str, typer.Option(help="Only this brand, as the catalogue spells it.")] = "",
+    category: Annotated[str, typer.Option(help="Only below this path, e.g. 'Home > Sofas'.")] = "",
+    min_price: Annotated[float | None, typer.Option(help="Lowest price, inclusive.")] = None,
+    max_price: Annotated[float | None, typer.Option(help="Highest price, inclusive.")] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, max=1000, help="The judge re-orders the best N found.")
+    ] = 0,
     store: StoreName = "synthetic",
     home: Home = None,
 ) -> None:
-    """Search the champion index and show the judge's tier of every product found."""
+    """Search the published index and show the judge's tier of every product found.
+
+    Examples:
+
+        relearn search "red couch" --mode hybrid --max-price 300
+
+        relearn search "trail shoes" --brand Acme --category "Sport > Shoes" --rerank 50
+    """
     _prepare(home)
-    from flows.serving import Champion, ChampionIndex
+    from flows.serving import find_products
+    from models.index.filters import Filters
 
     _not_blank(query, "QUERY")
-    found = ChampionIndex.open(store).search(query, k, mode)
-    from models.types import Query
-
-    graded = Champion.open(store).grade([(Query("cli", query), p) for p, _ in found])
+    hits = find_products(
+        store, query, k, mode, Filters(brand, category, min_price, max_price), rerank
+    )
     table = Table(title=f"{query}  ({mode})")
-    for column in ("rank", "product", "title", "price", "score", "grade", "tier"):
+    for column in ("rank", "product", "title", "brand", "price", "score", "grade", "tier"):
         table.add_column(column)
-    for rank, ((product, value), row) in enumerate(zip(found, graded, strict=True), 1):
+    for rank, hit in enumerate(hits, 1):
+        product, row = hit.product, hit.graded
         price = "" if product.price is None else f"{product.price:g}"
-        cells = [str(rank), product.product_id, product.title, price, f"{value:.3f}"]
-        table.add_row(*cells, str(row["grade"]), str(row["tier"]))
+        cells = [str(rank), product.product_id, product.title, product.brand, price]
+        table.add_row(*map(escape, cells), f"{hit.score:.3f}", str(row["grade"]), str(row["tier"]))
     console.print(table)
+
+
+@app.command()
+def refresh(
+    data: Annotated[
+        Path, typer.Option(help="Folder with products.parquet or .csv: changed rows, deleted ids.")
+    ],
+    store: StoreName = "synthetic",
+    home: Home = None,
+) -> None:
+    """Bring the published index up to date with changed products.
+
+    Columns as in the products table; a row replaces the product of its id, a true value in an
+    optional column `deleted` removes it. Only changed texts are embedded again. The new version is
+    served once its recall has passed; until then, and after a crash, the old one is.
+    """
+    _prepare(home, data)
+    from flows.index import refresh_index
+
+    done = refresh_index(store)
+    console.print(
+        f"version {done['version']}: {done['rows']} products; {done['inserted']} inserted, "
+        f"{done['updated']} updated, {done['deleted']} deleted, {done['unchanged']} unchanged, "
+        f"{done['absent']} not there, {done['refused']} refused; {done['encoded']} texts embedded. "
+        f"recall@10 {done['recall_at_10']:.3f}, {done['latency_p50_ms']:.1f} ms a query.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

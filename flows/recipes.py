@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
 from models.errors import ConfigError, explain
 from models.evaluation.gate import GateConfig
-from models.index.lance import IndexConfig
+from models.index.config import IndexConfig
 from models.judge.config import (
     DpoConfig,
     GrpoConfig,

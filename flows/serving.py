@@ -1,17 +1,20 @@
-"""The champions, opened for use on the command line."""
+"""The champion judge and the published index, opened for use on the command line."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.errors import ArtifactError, ConfigError, DataContractError, explain
-from models.types import Product, Query
+from models.index.filters import Filters
+from models.types import GRADES, Product, Query
 from tasks.artifacts import ArtifactRef, ArtifactStore
+from tasks.publish import open_published
 from tasks.registry import champion
 from tasks.release import finish_pending, model_name
 from tasks.settings import settings
@@ -24,6 +27,7 @@ OPTIONAL_COLUMNS: dict[str, tuple[type, ...]] = {
     "price": (int, float),
 }
 MODES = ("vector", "lexical", "hybrid")
+NO_FILTERS = Filters()
 
 
 def _champion_ref(artifacts: ArtifactStore, store_name: str, role: str) -> ArtifactRef:
@@ -93,42 +97,76 @@ class Champion:
         return text if finished else text + " [cut]"
 
 
-class ChampionIndex:
-    """The champion index and the encoder it was built with."""
+@dataclass(frozen=True)
+class Hit:
+    """One product found: its score in the channel that found it, and the judge's view."""
+
+    product: Product
+    score: float
+    graded: Mapping[str, int | float | str]
+
+    @property
+    def expected_grade(self) -> float:
+        """E[grade] by the judge's probabilities."""
+        return sum(g * float(self.graded[f"p{g}"]) for g in GRADES)
+
+
+class ProductSearch:
+    """The published index and the encoder it was built with."""
 
     def __init__(self, encoder: Any, index: Any) -> None:
         self.encoder = encoder
         self.index = index
 
     @classmethod
-    def open(cls, store_name: str) -> ChampionIndex:
-        """Load the champion of a store."""
-        artifacts = _artifacts(store_name)
-        folder = artifacts.path(_champion_ref(artifacts, store_name, "index"))
-        weights = artifacts.path(_champion_ref(artifacts, store_name, "embedder"))
+    def open(cls, store_name: str) -> ProductSearch:
+        """Load what is published of a store.
+
+        Raises:
+            ArtifactError: nothing is, or the files are gone.
+        """
+        index, weights = open_published(store_name, artifacts=_artifacts(store_name))
         from models.embedder.encoder import load_encoder
-        from models.index.lance import LanceIndex
 
-        encoder = load_encoder(str(weights), settings().torch_device)
-        return cls(encoder, LanceIndex.open(folder))
+        return cls(load_encoder(weights, settings().torch_device), index)
 
-    def search(self, query: str, k: int, mode: str) -> list[tuple[Product, float]]:
-        """(product, score), best first."""
+    def search(
+        self, query: str, k: int, mode: str, filters: Filters = NO_FILTERS
+    ) -> list[tuple[Product, float]]:
+        """(product, score), best first; all of them pass the filters."""
         from models.embedder.encoder import encode
 
         if mode not in MODES:
             raise ConfigError(explain(f"--mode {mode}", f"one of {', '.join(MODES)}", "fix it"))
+        where = filters.sql()
         if mode == "lexical":
-            hits = self.index.search_text(query, k)
+            hits = self.index.search_text(query, k, where)
         else:
             vectors = encode(self.encoder, [query], prompt="query")
             if mode == "hybrid":
-                hits = self.index.search_hybrid(query, vectors[0], k)
+                hits = self.index.search_hybrid(query, vectors[0], k, where)
             else:
-                ids, scores = self.index.search(vectors, k)
+                ids, scores = self.index.search(vectors, k, where)
                 hits = list(zip(ids[0], scores[0], strict=True))
         by_id = self.index.products([product_id for product_id, _ in hits])
         return [(by_id[product_id], score) for product_id, score in hits]
+
+
+def find_products(
+    store_name: str,
+    query: str,
+    k: int,
+    mode: str,
+    filters: Filters = NO_FILTERS,
+    rerank: int = 0,
+) -> list[Hit]:
+    """The k best products, each with the judge's grade; the best `rerank` of the channel's ranking
+    are put in the order of the judge's expected grade first, equal ones as they were."""
+    found = ProductSearch.open(store_name).search(query, max(k, rerank), mode, filters)
+    graded = Champion.open(store_name).grade([(Query("cli", query), p) for p, _ in found])
+    hits = [Hit(p, score, row) for (p, score), row in zip(found, graded, strict=True)]
+    top = sorted(hits[:rerank], key=lambda hit: -hit.expected_grade)
+    return (top + hits[rerank:])[:k]
 
 
 def score_table(judge: Champion, source: Path, out: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Store:
     @functools.cached_property
     def product_by_id(self) -> dict[str, Product]:
         """Every product, by id, in catalogue order."""
-        return {p.product_id: p for p in _products(self.products)}
+        return {p.product_id: p for p in to_products(self.products)}
 
     @functools.cached_property
     def query_by_id(self) -> dict[str, Query]:
@@ -118,7 +118,20 @@ def _verdicts(row: Mapping[str, Any]) -> Verdicts | None:
     return Verdicts(Category(row["verdict_category"]), attributes)
 
 
-def _products(table: pa.Table) -> Iterable[Product]:
+def stream_products(folder: Path, batch_size: int = 4096) -> tuple[Iterator[Product], int]:
+    """The products of a written store, read a batch at a time, and how many there are."""
+    source = pq.ParquetFile(folder / "products.parquet")
+    batches = source.iter_batches(batch_size)
+    return (p for batch in batches for p in to_products(batch)), source.metadata.num_rows
+
+
+def stream_queries(folder: Path) -> Iterator[Query]:
+    """The queries of a written store, without reading its other tables."""
+    yield from _queries(pq.read_table(folder / "queries.parquet"))
+
+
+def to_products(table: pa.Table | pa.RecordBatch) -> Iterator[Product]:
+    """Rows of a products table as values, in order."""
     for row in table.drop_columns(["updated_at"]).to_pylist():
         row["attributes"] = dict(row["attributes"] or ())
         for name in ("description", "brand", "category"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.errors import explain
-from tasks.artifacts import ArtifactRef
+from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.settings import settings
 from tasks.stage import StageContext, stage
 
@@ -57,7 +57,12 @@ def base_model(
 
 def weights_path(ctx: StageContext, ref: ArtifactRef) -> str:
     """Folder or hub id of the weights that `ref` holds or points at."""
-    folder: Path = ctx.open(ref)
+    return stored_weights(ctx.store, ref)
+
+
+def stored_weights(store: ArtifactStore, ref: ArtifactRef) -> str:
+    """The same, outside a stage."""
+    folder: Path = store.path(ref)
     if ref.name != "base_model":
         return str(folder)
     if (folder / "weights").is_dir():
@@ -65,4 +70,4 @@ def weights_path(ctx: StageContext, ref: ArtifactRef) -> str:
     from models.lm.weights import resolve
 
     name = json.loads((folder / "base.json").read_text())["name"]
-    return resolve(name, ctx.settings.weights_dir)
+    return resolve(name, store.settings.weights_dir)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
-from models.index.lance import IndexConfig
+from models.index.config import IndexConfig
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
 from tasks.ingest import open_store
@@ -49,19 +49,33 @@ def embedder_sft(
     )
 
 
-@stage(name="index", kind="index", code_version="1")
+@stage(name="index", kind="index", code_version="2")
 def index_catalogue(
     ctx: StageContext, config: IndexConfig, encoder: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
-    """The whole catalogue in LanceDB, vectors and full text, its recall measured."""
-    from models.embedder.encoder import document_encoder, load_encoder
-    from models.index.lance import build_index
+    """The whole catalogue in LanceDB, its recall measured on the store's own queries."""
+    import random
+
+    from models.embedder.encoder import document_encoder, encode, load_encoder
+    from models.index.build import build_index
+    from models.store import stream_products, stream_queries
 
     model = load_encoder(weights_path(ctx, encoder), ctx.settings.torch_device)
-    data = open_store(ctx, store)
-    facts = build_index(document_encoder(model, bf16=True), data, config, ctx.out, ctx.sink)
-    ctx.table("index", [facts])
-    return {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
+    folder = ctx.open(store) / "store"
+    texts = [query.text for query in stream_queries(folder)]
+    probes = random.Random(config.seed).sample(texts, min(config.sample, len(texts)))
+    products, total = stream_products(folder)
+    facts = build_index(
+        document_encoder(model, bf16=True),
+        products,
+        config,
+        ctx.out,
+        ctx.sink,
+        encode(model, probes, prompt="query", bf16=True),
+        total,
+    )
+    ctx.table("index", [facts.numbers() | {"kind": facts.kind}])
+    return facts.numbers()
 
 
 @stage(name="embedder_rgrpo", kind="embedder", code_version="1")

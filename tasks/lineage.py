@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from models.errors import ArtifactError, explain
 from tasks import registry
-from tasks.artifacts import SHORT, TAG, ArtifactStore, flatten
+from tasks.artifacts import SHORT, TAG, ArtifactRef, ArtifactStore, flatten
 from tasks.registry import Registered
 from tasks.settings import settings
 
@@ -47,6 +47,19 @@ def lineage(name: str, *, store: ArtifactStore | None = None) -> Tree:
     else:
         _grow(store, tree, run, {})
     return tree
+
+
+def find_artifact(label: str, *, store: ArtifactStore | None = None) -> ArtifactRef:
+    """The artifact "stage@fingerprint prefix", or the newest one of a stage.
+
+    Raises:
+        ArtifactError: no finished run made it, or its run was deleted.
+    """
+    store = store or ArtifactStore(settings())
+    run = _run_of(store, label)
+    if run is None:
+        raise ArtifactError(explain(f"no run that made {label}", "one in MLflow", "make it again"))
+    return store.ref(run)
 
 
 def _grow(store: ArtifactStore, node: Tree, run: Run, seen: dict[str, int]) -> None:

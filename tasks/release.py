@@ -29,6 +29,7 @@ from models.errors import ArtifactError, ConfigError, RelearnError, explain
 from tasks import registry
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
+from tasks.publish import publish
 from tasks.registry import CANDIDATE, CHAMPION, Registered
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ INDEX_RECALL = "index_recall"
 HISTORY = 500
 """Moves looked at."""
 
-Publish = Callable[[str, ArtifactRef], None]
-PUBLISHERS: tuple[Publish, ...] = ()
+Publish = Callable[[str, ArtifactRef], object]
+PUBLISHERS: tuple[Publish, ...] = (publish,)
 """What else moves with the aliases: each is called with (store name, index artifact) and puts that
 index where it is served from. It must be repeatable: after a crash it is called again, and on an
 error once more with the index from before."""

@@ -5,7 +5,7 @@ Shapes: N products, Q queries, D dim, k results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -44,9 +44,8 @@ class ExactIndex:
             raise ConfigError(
                 explain(f"{len(ids)} ids", f"{len(vectors_ND)}, one a vector", "pass them together")
             )
-        norm_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         self.ids = list(ids)
-        self.vectors_ND = (vectors_ND / np.maximum(norm_N1, 1e-12)).astype(np.float32)
+        self.vectors_ND = _unit(vectors_ND).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,8 +70,7 @@ class ExactIndex:
             raise ConfigError(
                 explain(f"filter {where!r} on an exact index", "None", "use a LanceIndex")
             )
-        norm_Q1 = np.linalg.norm(vectors_QD, axis=1, keepdims=True)
-        unit_QD = vectors_QD / np.maximum(norm_Q1, 1e-12)
+        unit_QD = _unit(vectors_QD)
         rows_QK = self.rows(unit_QD, k)
         ids = [[self.ids[i] for i in row] for row in rows_QK]
         cosines = [
@@ -81,11 +79,57 @@ class ExactIndex:
         return ids, cosines
 
 
-def recall_against(found: Sequence[Sequence[str]], exact: Sequence[Sequence[str]]) -> float:
-    """Mean share of the exact neighbours that were found; 1 when there is nothing to find.
+def exact_top(
+    batches: Iterable[tuple[list[str], np.ndarray]], queries_QD: np.ndarray, k: int
+) -> tuple[list[list[str]], np.ndarray]:
+    """The k nearest of a stream of (ids [B], vectors [B, D]): ids [Q][k], cosines [Q, k].
 
-    >>> recall_against([["a", "b"], ["c", "x"]], [["a", "b"], ["c", "d"]])
-    0.75
+    Holds one batch and the best so far. Vectors are normalised here.
     """
-    shares = [len(set(f) & set(e)) / len(e) for f, e in zip(found, exact, strict=True) if len(e)]
+    queries_QD = _unit(np.asarray(queries_QD, np.float32))
+    best_QK = np.zeros((len(queries_QD), 0), np.float32)
+    ids_QK = np.zeros((len(queries_QD), 0), object)
+    for ids, vectors_BD in batches:
+        scores_QB = queries_QD @ _unit(np.asarray(vectors_BD, np.float32)).T
+        columns_QK = top_k(scores_QB, k)
+        new_QK = np.array(ids, object)[columns_QK]
+        best_QK = np.hstack([best_QK, np.take_along_axis(scores_QB, columns_QK, 1)])
+        ids_QK = np.hstack([ids_QK, new_QK])
+        order_QK = top_k(best_QK, k)
+        best_QK = np.take_along_axis(best_QK, order_QK, 1)
+        ids_QK = np.take_along_axis(ids_QK, order_QK, 1)
+    return [list(row) for row in ids_QK], best_QK
+
+
+def _unit(vectors_ND: np.ndarray) -> np.ndarray:
+    norm_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    return vectors_ND / np.maximum(norm_N1, 1e-12)
+
+
+def recall_with_ties(
+    found: Sequence[Sequence[str]],
+    found_scores: Sequence[Sequence[float]],
+    exact: Sequence[Sequence[str]],
+    exact_scores: np.ndarray | Sequence[Sequence[float]],
+    k: int,
+    tolerance: float = 1e-5,
+) -> float:
+    """Recall@k where a product as near as the k-th exact one counts, whichever of them came first.
+
+    Catalogues hold copies: of ten equal products, no ten are more right than others. A result
+    counts when it is among the first k exact ones or its cosine reaches the k-th one's.
+
+    >>> recall_with_ties([["a", "x"]], [[0.9, 0.5]], [["a", "b", "c"]], [[0.9, 0.5, 0.4]], 2)
+    1.0
+    >>> recall_with_ties([["a", "c"]], [[0.9, 0.4]], [["a", "b", "c"]], [[0.9, 0.5, 0.4]], 2)
+    0.5
+    """
+    shares = []
+    rows = zip(found, found_scores, exact, exact_scores, strict=True)
+    for ids, scores, truth, true_scores in rows:
+        wanted = set(truth[:k])
+        if wanted:
+            last = true_scores[len(wanted) - 1] - tolerance
+            pairs = zip(ids[:k], scores[:k], strict=True)
+            shares.append(sum(i in wanted or s >= last for i, s in pairs) / len(wanted))
     return float(np.mean(shares)) if shares else 1.0

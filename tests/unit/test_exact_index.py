@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.errors import ConfigError
-from models.index.exact import ExactIndex, recall_against, top_k
+from models.index.exact import ExactIndex, exact_top, recall_with_ties, top_k
 
 
 def test_search_is_the_full_sort() -> None:
@@ -48,5 +48,25 @@ def test_ids_and_vectors_must_match() -> None:
         ExactIndex(["a"], np.eye(2))
 
 
-def test_recall_against_counts_what_was_found() -> None:
-    assert recall_against([["b", "a"], ["c"]], [["a", "b"], ["c", "d"]]) == (2 / 2 + 1 / 2) / 2
+def test_a_stream_of_batches_gives_what_all_vectors_give() -> None:
+    rng = np.random.default_rng(2)
+    vectors, queries = rng.normal(size=(60, 5)), rng.normal(size=(7, 5))
+    ids = [str(i) for i in range(60)]
+    parts = [(ids[a:b], vectors[a:b]) for a, b in ((0, 1), (1, 20), (20, 60))]
+    found, scores = exact_top(parts, queries, 8)
+    wanted, cosines = ExactIndex(ids, vectors).search(queries, 8)
+    assert found == wanted
+    assert scores == pytest.approx(np.array(cosines), abs=1e-6)
+
+
+def test_recall_counts_what_was_found() -> None:
+    truth, cosines = [["a", "b"], ["c", "d"]], [[0.9, 0.8], [0.9, 0.8]]
+    found, scores = [["b", "a"], ["c", "x"]], [[0.8, 0.9], [0.9, 0.7]]
+    assert recall_with_ties(found, scores, truth, cosines, 2) == (2 / 2 + 1 / 2) / 2
+    assert recall_with_ties([["c"]], [[0.9]], [["c", "d"]], [[0.9, 0.8]], 2) == 1 / 2
+
+
+def test_recall_counts_a_copy_of_the_last_neighbour_and_nothing_farther() -> None:
+    truth, cosines = [["a", "b", "c"]], [[0.9, 0.8, 0.8]]
+    assert recall_with_ties([["a", "c"]], [[0.9, 0.8]], truth, cosines, 2) == 1.0
+    assert recall_with_ties([["a", "z"]], [[0.9, 0.79]], truth, cosines, 2) == 1 / 2

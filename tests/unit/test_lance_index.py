@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from models.errors import ArtifactError, ConfigError
+from models.index.build import build_index, measured_facts
+from models.index.config import IndexConfig
 from models.index.exact import ExactIndex
-from models.index.lance import IndexConfig, LanceIndex, build_index
+from models.index.facts import IndexFacts
+from models.index.filters import Filters
+from models.index.hybrid import reciprocal_rank_fusion
+from models.index.lance import LanceIndex
+from models.index.recall import check
+from models.index.rows import columns, record_batch
 from models.metrics import ListSink
 from models.types import Product
 
@@ -29,11 +37,11 @@ def encode(texts: Sequence[str], dim: int = 24) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["auto", "ivf_flat", "ivf_sq"])
+@pytest.mark.parametrize("kind", ["auto", "ivf_flat", "ivf_sq", "ivf_rq", "ivf_hnsw_sq"])
 def test_equals_the_exact_index(tmp_path: Path, kind: str) -> None:
     products, sink = catalogue(1500), ListSink()
-    config = IndexConfig(kind=kind, batch_size=400, sample=40, min_recall=0.0)
-    report = build_index(encode, products, config, tmp_path, sink)
+    config = IndexConfig(kind=kind, batch_size=400, sample=40, min_recall=1.0, refine=(10, 150))
+    facts = build_index(encode, products, config, tmp_path, sink)
     index = LanceIndex.open(tmp_path)
     ids, vectors = index.vectors()
     assert ids == [p.product_id for p in products]
@@ -44,25 +52,69 @@ def test_equals_the_exact_index(tmp_path: Path, kind: str) -> None:
     assert sum(hits) >= 0.9 * 5 * 20
     assert [row[0] for row in got_ids] == ids[:20]
     assert [row[0] for row in got_scores] == pytest.approx([r[0] for r in exact_scores], abs=1e-5)
-    assert report["rows"] == 1500 and report["dim"] == 24
-    assert report["unindexed_rows"] == (1500 if kind == "auto" else 0)
-    assert sink.series("index/recall_at_10") == [report["recall_at_10"]]
+    assert (facts.rows, facts.dim) == (1500, 24)
+    assert facts.unindexed_rows == (1500 if kind == "auto" else 0)
+    assert sink.series("index/recall_at_10") == [facts.recall_at_10]
+    assert IndexFacts.read(tmp_path)[0] == facts
 
 
 def test_small_catalogues_are_scanned_and_exact(tmp_path: Path) -> None:
-    report = build_index(encode, catalogue(200), IndexConfig(sample=30), tmp_path, ListSink())
-    assert report["kind"] == "exact"
-    assert report["recall_at_10"] == 1.0
+    facts = build_index(encode, catalogue(200), IndexConfig(sample=30), tmp_path, ListSink())
+    assert (facts.kind, facts.nprobes, facts.refine) == ("exact", None, None)
+    assert (facts.recall_at_10, facts.recall_at_100, facts.trials) == (1.0, 1.0, ())
+
+
+def test_products_are_embedded_and_written_in_batches(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def counted(texts: Sequence[str]) -> np.ndarray:
+        sizes.append(len(texts))
+        return encode(texts)
+
+    config = IndexConfig(batch_size=64, sample=5)
+    build_index(counted, iter(catalogue(150)), config, tmp_path, ListSink())
+    assert sizes == [64, 64, 150 - 2 * 64]
+
+
+def test_many_queries_at_once_find_what_each_finds_alone(tmp_path: Path) -> None:
+    config = IndexConfig(kind="ivf_sq", sample=5, min_recall=0.0)
+    build_index(encode, catalogue(1000), config, tmp_path, ListSink())
+    index = LanceIndex.open(tmp_path)
+    queries = encode([f"number{i}" for i in range(0, 1000, 25)])
+    assert len(queries) > 32, "more than one block"
+    ids, scores = index.search(queries, 7)
+    assert ids == [index.search(q[None], 7)[0][0] for q in queries]
+    assert all(row == sorted(row, reverse=True) for row in scores)
 
 
 def test_filters_come_first_and_return_enough_rows(tmp_path: Path) -> None:
-    config = IndexConfig(kind="ivf_flat", sample=5, min_recall=0.0)
-    build_index(encode, catalogue(6000), config, tmp_path, ListSink())
-    ids, _ = LanceIndex.open(tmp_path).search(
-        encode(["number7"]), 20, where="price < 20 AND brand = 'zed'"
-    )
+    config = IndexConfig(kind="ivf_flat", sample=5, min_recall=0.0, nprobes=(1,))
+    build_index(encode, catalogue(12_000), config, tmp_path, ListSink())
+    index = LanceIndex.open(tmp_path)
+    assert index.nprobes == 1
+    where = Filters(brand="zed", max_price=19).sql()
+    ids, _ = index.search(encode(["number7"]), 20, where)
     assert len(ids[0]) == 10, "all that the filter leaves, wherever they are"
     assert all(int(p[1:]) < 20 and int(p[1:]) % 2 == 0 for p in ids[0])
+    assert len(index.search(encode(["number7"]), 300)[0][0]) == 300
+
+
+def test_every_mode_keeps_to_the_filters(tmp_path: Path) -> None:
+    build_index(encode, catalogue(120), IndexConfig(sample=5), tmp_path, ListSink())
+    index, where = LanceIndex.open(tmp_path), Filters(brand="zed", min_price=50).sql()
+    wanted = {f"p{i:05d}" for i in range(50, 120, 2)}
+    query = encode(["number9"])
+    assert set(index.search(query, 120, where)[0][0]) == wanted
+    assert {p for p, _ in index.search_text("widget", 120, where)} == wanted
+    assert {p for p, _ in index.search_hybrid("widget", query[0], 120, where)} == wanted
+
+
+def test_stored_products_come_back_whole(tmp_path: Path) -> None:
+    product = Product(
+        "it's", "Lamp number1", "long", "O'Neil", "A > B", {"colour": "rot", "b": "ü"}, 3.5
+    )
+    build_index(encode, [product], IndexConfig(sample=1), tmp_path, ListSink())
+    assert LanceIndex.open(tmp_path).products(["it's", "x"]) == {"it's": product}
 
 
 def test_text_and_hybrid_search(tmp_path: Path) -> None:
@@ -70,18 +122,68 @@ def test_text_and_hybrid_search(tmp_path: Path) -> None:
     index = LanceIndex.open(tmp_path)
     assert index.search_text("number42!?", 1)[0][0] == "p00042"
     assert index.search_text("the of", 3) == []
-    hybrid = [p for p, _ in index.search_hybrid("number42", encode(["number9"])[0], 4)]
-    assert set(hybrid[:2]) == {"p00042", "p00009"}
+    hybrid = index.search_hybrid("number42", encode(["number9"])[0], 120)
+    assert hybrid[0][0] == "p00042", "the one product that both channels found"
+    assert dict(hybrid)["p00009"] == pytest.approx(1 / 61)
     assert index.search_hybrid("??", encode(["number9"])[0], 1)[0][0] == "p00009"
 
 
-def test_the_gate_stops_an_index_that_loses_neighbours(tmp_path: Path) -> None:
-    def blurred(texts: Sequence[str]) -> np.ndarray:
-        return encode(texts, dim=64)
+def test_rank_fusion_adds_reciprocal_ranks() -> None:
+    fused = dict(reciprocal_rank_fusion([["a", "b"], ["b", "c"]], 3))
+    assert fused == {"b": 1 / 62 + 1 / 61, "a": 1 / 61, "c": 1 / 62}
 
-    config = IndexConfig(kind="ivf_pq", refine=1, sample=40, min_recall=0.97)
-    with pytest.raises(ConfigError, match=r"recall@10 0\.\d+ .*at least 0\.97"):
+
+def blurred(texts: Sequence[str]) -> np.ndarray:
+    """Vectors without clusters: what quantisation loses most on."""
+    return encode(texts, dim=64)
+
+
+def test_the_gate_stops_an_index_that_loses_neighbours(tmp_path: Path) -> None:
+    config = IndexConfig(kind="ivf_pq", refine=(1,), sample=40)
+    expected = r"got recall@10 0\.\d+ of the ivf_pq .*expected at least 0\.97; do this: use kind"
+    with pytest.raises(ConfigError, match=expected):
         build_index(blurred, catalogue(1500), config, tmp_path, ListSink())
+
+
+def test_the_smallest_setting_that_passes_is_kept(tmp_path: Path) -> None:
+    """The same bad quantisation passes once enough candidates are re-ranked."""
+    config = IndexConfig(kind="ivf_pq", refine=(1, 5, 40, 150), sample=40)
+    facts = build_index(blurred, catalogue(1500), config, tmp_path, ListSink())
+    tried = {(t.nprobes, t.refine): t.recall_at_10 for t in facts.trials}
+    assert tried[1, 150] >= 0.97 > tried[1, 5] > tried[1, 1]
+    assert facts.nprobes == 1
+    assert facts.refine == min(r for (_, r), recall in tried.items() if recall >= 0.97)
+    assert LanceIndex.open(tmp_path).refine == facts.refine
+
+
+def test_copies_of_a_product_do_not_look_like_lost_recall(tmp_path: Path) -> None:
+    def alike(texts: Sequence[str]) -> np.ndarray:
+        return encode([f"number{int(t.split('number')[1].split(' ')[0]) % 9}" for t in texts])
+
+    config = IndexConfig(kind="ivf_sq", sample=20)
+    assert build_index(alike, catalogue(900), config, tmp_path, ListSink()).recall_at_10 == 1.0
+
+
+def test_lost_rows_are_refused(tmp_path: Path) -> None:
+    facts = build_index(encode, catalogue(20), IndexConfig(sample=5), tmp_path, ListSink())
+    check(facts, 20)
+    with pytest.raises(ConfigError, match=r"20 rows .*expected 21, one a product"):
+        check(facts, 21)
+
+
+def test_rows_outside_the_index_are_counted_and_gated(tmp_path: Path) -> None:
+    config = IndexConfig(kind="ivf_flat", sample=10, min_recall=0.0)
+    build_index(encode, catalogue(600), config, tmp_path, ListSink())
+    index, probes = LanceIndex.open(tmp_path), IndexFacts.read(tmp_path)[1]
+    late = [Product(f"late{i}", f"late number{9000 + i}") for i in range(30)]
+    rows = [columns(p, 400) for p in late]
+    late_vectors = encode([row["text"] for row in rows])
+    index.table.add(pa.Table.from_batches([record_batch(rows, late_vectors)]))
+    facts = measured_facts(index.table, "ivf_flat", config, probes)
+    assert (facts.rows, facts.unindexed_rows) == (630, 30)
+    with pytest.raises(ConfigError, match="30 of 630 rows outside"):
+        check(facts)
+    check(facts.model_copy(update={"config": config.model_copy(update={"max_unindexed": 0.05})}))
 
 
 def test_building_again_replaces_the_table(tmp_path: Path) -> None:
@@ -93,5 +195,9 @@ def test_building_again_replaces_the_table(tmp_path: Path) -> None:
 def test_errors_name_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="build the index"):
         LanceIndex.open(tmp_path / "nothing")
+    build_index(encode, catalogue(20), IndexConfig(sample=5), tmp_path / "old", ListSink())
+    (tmp_path / "old" / "index.json").unlink()
+    with pytest.raises(ArtifactError, match="build the index again"):
+        LanceIndex.open(tmp_path / "old")
     with pytest.raises(ConfigError, match="ingest"):
         build_index(encode, [], IndexConfig(), tmp_path / "x", ListSink())

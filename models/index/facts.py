@@ -1,0 +1,95 @@
+"""What is known of a built index, stored beside its table: how to search it, and what was measured.
+
+A folder with an index holds `products.lance`, `index.json` (IndexFacts) and `probes.npy`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.errors import ArtifactError, explain
+from models.index.config import IndexConfig, Kind
+
+FACTS = "index.json"
+PROBES = "probes.npy"
+
+
+class Trial(BaseModel):
+    """One setting that was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nprobes: int
+    refine: int
+    recall_at_10: float
+
+
+class IndexFacts(BaseModel):
+    """A measured index. Latencies are of single queries, on the machine that built it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Kind
+    rows: int
+    dim: int
+    nprobes: int | None = None
+    """Partitions searched; the smallest number that passed. None: a scan."""
+    refine: int | None = None
+    """Multiple of k re-ranked with the full vectors; the smallest that passed. None: a scan."""
+    recall_at_10: float
+    recall_at_100: float
+    """Not gated: `nprobes` is chosen at 10, so this tells what deep rankings lose."""
+    latency_p50_ms: float
+    latency_p95_ms: float
+    unindexed_rows: int
+    trained_rows: int
+    """Rows when the vector index was last trained from nothing."""
+    rows_since: int = 0
+    """Rows written since then."""
+    probes: int
+    trials: tuple[Trial, ...] = ()
+    encode_s: float = 0.0
+    build_s: float = 0.0
+    measure_s: float = 0.0
+    config: IndexConfig = Field(default_factory=IndexConfig)
+
+    def numbers(self) -> dict[str, float]:
+        """The figures a run logs."""
+        fields = self.model_dump(exclude={"kind", "config", "trials"})
+        return {name: float(value) for name, value in fields.items() if value is not None}
+
+    def write(self, folder: Path, probes_PD: np.ndarray) -> None:
+        """Keep facts and probes in `folder`."""
+        np.save(folder / PROBES, probes_PD)
+        write_text(folder / FACTS, self.model_dump_json(indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple[IndexFacts, np.ndarray]:
+        """Facts and probes of `folder`.
+
+        Raises:
+            ArtifactError: none there, or written by another version of the code.
+        """
+        try:
+            facts = cls.model_validate_json((folder / FACTS).read_text(encoding="utf-8"))
+            return facts, np.load(folder / PROBES, allow_pickle=False)
+        except (OSError, ValidationError, ValueError) as error:
+            what = str(error).splitlines()[0]
+            expected = f"an index folder with {FACTS} and {PROBES}"
+            raise ArtifactError(
+                explain(f"{what} in {folder}", expected, "build the index again")
+            ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: after a crash it holds the old text or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)

@@ -1,0 +1,306 @@
+"""The published index: one LanceDB table a store, and a tag that names the version that is served.
+
+Consumes a built index (or a delta, see `refresh.py`) -> produces a new version of the table, and
+moves the tag `published` to it once it is whole, measured and passed. The tag is one small file
+that is replaced by a rename, so a reader sees the old version or the new one, never a mixture:
+
+    <folder>/products.lance          all versions; unchanged data is shared between them
+    <folder>/versions/<n>.json       Publication: what version n holds, how to search it
+    <folder>/versions/<n>.npy        its probes
+    <folder>/pending                 the refresh that has begun to write, if any
+
+Order of a publish: rows -> indexes -> measured, gate -> record of the version -> tag -> clean-up. A
+crash between any two leaves the tag where it was; the next run either finds the record
+and moves the tag, or writes the version again. Versions that were published and are kept carry a
+tag `v<n>` of their own, which is what stops LanceDB's clean-up.
+
+Writers hold a lock on the folder; readers hold none. A reader keeps the version it opened: it must
+open again to see a newer one, and before `keep` further publishes have removed its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.errors import ArtifactError, explain
+from models.index.build import index_all, measured_facts
+from models.index.facts import IndexFacts, write_text
+from models.index.lance import TABLE, LanceIndex, connect, open_table
+from models.index.recall import check
+from models.types import MetricSink
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+log = logging.getLogger(__name__)
+PUBLISHED = "published"
+CLOCK_SLACK_S = 60.0
+"""Versions this much older than the oldest kept one are removed: LanceDB reads the clock itself,
+and refuses to clean up anything when a kept version counts as old."""
+COPIED_ROWS = 4096
+"""Rows in memory at once when an index is copied into the published table."""
+
+
+class Origin(BaseModel):
+    """Whose rows and vectors these are. All of it is the caller's: nothing here reads it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fingerprint: str
+    """Identity of the built index."""
+    label: str = ""
+    """What people read."""
+    encoder: str = ""
+    """The encoder queries must be embedded with, and refreshed rows are."""
+    note: str = ""
+
+
+class Publication(BaseModel):
+    """One version that is, was or is about to be published."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    version: int
+    origin: Origin
+    deltas: tuple[str, ...] = ()
+    """Digests of the refreshes applied since `origin`, oldest first."""
+    previous: int | None = None
+    """The version that was served before this one."""
+    work: str
+    """What made it, so that an interrupted publish is told from another one."""
+    made_at: str
+    facts: IndexFacts
+
+
+class PublishedIndex:
+    """The published table of one store.
+
+    Args:
+        keep: published versions that stay; the current one and its predecessor always do.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder, self.keep = folder, keep
+
+    def current(self) -> Publication | None:
+        """The served version, None when nothing was ever published."""
+        version = self._tags().get(PUBLISHED)
+        return None if version is None else self._record(version)
+
+    def history(self) -> list[Publication]:
+        """Every kept version that was served, the current one included; newest first."""
+        return [self._record(v) for v in sorted(self._kept(self._tags()), reverse=True)]
+
+    def open(self, version: int | None = None) -> LanceIndex:
+        """The served version (or a kept one), opened for searching.
+
+        Raises:
+            ArtifactError: nothing is published, or that version is not kept.
+        """
+        found = self.current() if version is None else self._known(version)
+        if found is None:
+            raise self._nothing()
+        table = open_table(self.folder)
+        table.checkout(found.version)
+        return LanceIndex(table, found.facts.nprobes, found.facts.refine)
+
+    def publish(
+        self,
+        source: Path,
+        origin: Origin,
+        sink: MetricSink,
+        expected_rows: int | None = None,
+    ) -> Publication:
+        """Copy the index that `build_index` left in `source` into a new version and serve it.
+
+        Nothing happens when it is the served one; an interrupted publish of it is finished.
+
+        Raises:
+            ArtifactError: no index in `source`. ConfigError: the copy does not pass the gate.
+        """
+        facts, probes_PD = IndexFacts.read(source)
+        with self.writing():
+            before = self.current()
+            if before is not None and before.origin == origin and not before.deltas:
+                log.info("published already: %s", origin.label or origin.fingerprint)
+                return before
+            work = f"publish {origin.fingerprint} over {before.version if before else 0}"
+            found = self.finished(work)
+            if found is None:
+                table = self._copy(LanceIndex.open(source).table, facts)
+                made = measured_facts(table, facts.kind, facts.config, probes_PD)
+                check(made, facts.rows if expected_rows is None else expected_rows)
+                found = self.record(table, origin, (), work, made, probes_PD)
+            self.serve(found, sink)
+            return found
+
+    def rollback(self, to: int | None = None) -> Publication:
+        """Serve the version before the current one again, or the kept version `to`.
+
+        Raises:
+            ArtifactError: nothing is published, nothing came before, or `to` is not kept.
+        """
+        with self.writing():
+            current = self.current()
+            if current is None:
+                raise self._nothing()
+            target = current.previous if to is None else to
+            if target is None:
+                got = f"a rollback from version {current.version}, the first one published"
+                raise ArtifactError(explain(got, "an earlier version", "publish another index"))
+            found = self._known(target)
+            self._keep_current()
+            self._move(found.version)
+            log.info("rolled back from version %d to %d", current.version, found.version)
+            return found
+
+    # ------------------------------------------------------------ for writers, under the lock
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder's lock; the system frees it when the process dies."""
+        from filelock import FileLock
+
+        (self.folder / "versions").mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "writer.lock"):
+            yield
+
+    def finished(self, work: str) -> Publication | None:
+        """The newest version, when `work` made it and it only lacks the tag."""
+        if not self._exists():
+            return None
+        version = int(open_table(self.folder).version)
+        if not self._path(version).is_file():
+            return None
+        found = self._record(version)
+        return found if found.work == work else None
+
+    def record(
+        self,
+        table: Table,
+        origin: Origin,
+        deltas: tuple[str, ...],
+        work: str,
+        facts: IndexFacts,
+        probes_PD: np.ndarray,
+    ) -> Publication:
+        """Write down the newest version; it is not served yet."""
+        before = self.current()
+        made = Publication(
+            version=int(table.version),
+            origin=origin,
+            deltas=deltas,
+            previous=before.version if before else None,
+            work=work,
+            made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+            facts=facts,
+        )
+        np.save(self._path(made.version).with_suffix(".npy"), probes_PD)
+        write_text(self._path(made.version), made.model_dump_json(indent=1))
+        return made
+
+    def serve(self, made: Publication, sink: MetricSink) -> None:
+        """Move the tag to a recorded version, then remove versions beyond the kept ones."""
+        self._keep_current()
+        self._move(made.version)
+        self.pending.unlink(missing_ok=True)
+        log.info("version %d is published: %s", made.version, made.origin.label)
+        sink.log({f"index/{name}": value for name, value in made.facts.numbers().items()})
+        self._prune()
+
+    @property
+    def pending(self) -> Path:
+        """Names the refresh whose rows the newest, unpublished version holds in part."""
+        return self.folder / "pending"
+
+    def probes(self, version: int) -> np.ndarray:
+        """The probes a version was measured with [P, D]."""
+        return np.load(self._path(version).with_suffix(".npy"), allow_pickle=False)
+
+    # ------------------------------------------------------------ inside
+
+    def _copy(self, source: Table, facts: IndexFacts) -> Table:
+        """The source's rows as a new version with indexes of its own; older versions stay."""
+        self.pending.unlink(missing_ok=True)
+        rows = source.search().limit(None).to_batches(COPIED_ROWS)
+        wanted = pa.RecordBatchReader.from_batches(source.schema, iter(rows))
+        table = connect(self.folder).create_table(TABLE, data=wanted, mode="overwrite")
+        index_all(table, facts.kind, facts.config)
+        return table
+
+    def _exists(self) -> bool:
+        """Whether any version was ever committed."""
+        return any((self.folder / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+
+    def _tags(self) -> dict[str, int]:
+        if not self._exists():
+            return {}
+        listed = open_table(self.folder).tags.list()
+        return {name: int(tag["version"]) for name, tag in listed.items()}
+
+    def _kept(self, tags: dict[str, int]) -> set[int]:
+        return {v for name, v in tags.items() if name == PUBLISHED or name == f"v{v}"}
+
+    def _keep_current(self) -> None:
+        """Give the served version a tag of its own before `published` leaves it."""
+        tags = self._tags()
+        version = tags.get(PUBLISHED)
+        if version is not None and f"v{version}" not in tags:
+            open_table(self.folder).tags.create(f"v{version}", version)
+
+    def _move(self, version: int) -> None:
+        tags = open_table(self.folder).tags
+        if PUBLISHED in tags.list():
+            tags.update(PUBLISHED, version)
+        else:
+            tags.create(PUBLISHED, version)
+
+    def _prune(self) -> None:
+        """Drop the tags and records of versions beyond the kept ones, then their files."""
+        tags, current = self._tags(), self.current()
+        assert current is not None, "called after the tag was moved"
+        kept = self._kept(tags)
+        stay = set(sorted(kept)[-self.keep :]) | {current.version}
+        stay |= {v for v in kept if v == current.previous}
+        table = open_table(self.folder)
+        for version in kept - stay:
+            table.tags.delete(f"v{version}")
+        for path in (self.folder / "versions").iterdir():
+            version = int(path.stem) if path.stem.isdigit() else min(stay)
+            if version < min(stay) or version in kept - stay:
+                path.unlink()
+        made = {v["version"]: v["timestamp"] for v in table.list_versions()}
+        age = datetime.now() - made[min(stay)] + timedelta(seconds=CLOCK_SLACK_S)
+        table.optimize(cleanup_older_than=age, delete_unverified=True)
+
+    def _path(self, version: int) -> Path:
+        return self.folder / "versions" / f"{version}.json"
+
+    def _record(self, version: int) -> Publication:
+        try:
+            return Publication.model_validate_json(self._path(version).read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            what = str(error).splitlines()[0]
+            raise ArtifactError(
+                explain(f"{what} for version {version}", "its record", "publish the index again")
+            ) from None
+
+    def _known(self, version: int) -> Publication:
+        kept = self._kept(self._tags())
+        if version not in kept:
+            have = ", ".join(map(str, sorted(kept))) or "none"
+            raise ArtifactError(explain(f"version {version}", f"one of {have}", "choose one"))
+        return self._record(version)
+
+    def _nothing(self) -> ArtifactError:
+        got = f"nothing published in {self.folder}"
+        return ArtifactError(explain(got, "a published index", "run `relearn run` first"))

@@ -1,0 +1,93 @@
+"""Changes of a catalogue: products that are new or changed, and ids that are gone.
+
+Consumes products.{parquet,csv,csv.gz} with the columns of `models/schemas.py` and, optionally, a
+boolean column `deleted` (such a row needs its product_id alone) -> produces a `Delta`. A row
+replaces the product of its id as a whole. Faulty rows are set aside with a reason (`cleaning`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from models.errors import DataContractError, explain
+from models.schemas import JUDGMENTS, QUERIES
+from models.sources import reading
+from models.sources.cleaning import clean
+from models.store import to_products
+from models.types import Product
+
+DELETED = "deleted"
+WHERE = "put the changed rows as products.parquet, .csv or .csv.gz into one folder"
+_TRUE, _FALSE = {"true", "1", "1.0", "yes", "t", "y"}, {"false", "0", "0.0", "no", "f", "n", ""}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Products to insert or replace, ids to delete, and the rows that were refused."""
+
+    products: tuple[Product, ...]
+    deleted: tuple[str, ...]
+    digest: str
+    """Names the content: the same file gives the same digest."""
+    quarantine: pa.Table
+
+
+def read_delta(folder: Path, encoding: str = "utf-8") -> Delta:
+    """Read one delta.
+
+    Raises:
+        DataContractError: no file, unreadable, a column is missing, `deleted` is no boolean, or an
+            id is both deleted and given.
+    """
+    wanted = {"products": reading.variants("products", ("parquet", "csv", "csv.gz"))}
+    path = reading.require(folder, wanted, WHERE)["products"]
+    raw = _read(path, encoding)
+    gone = _gone(raw, path)
+    ids = raw["product_id"].map(_id)
+    deleted = tuple(dict.fromkeys(i for i in ids[gone] if i))
+    empty = {"queries": QUERIES.empty_table(), "judgments": JUDGMENTS.empty_table()}
+    changed = raw[~gone].drop(columns=[DELETED], errors="ignore")
+    if len(changed) and "title" not in changed:
+        reading.check_columns(path, list(raw.columns), ["product_id", "title"])
+    if "title" not in changed:
+        changed = changed.assign(title=None)
+    good, quarantine = clean({"products": changed, **empty})
+    both = sorted(set(deleted) & set(good["products"]["product_id"].to_pylist()))
+    if both:
+        got = f"{len(both)} ids both deleted and given in {path}, e.g. {both[0]!r}"
+        raise DataContractError(explain(got, "one row an id", "drop one of the two rows"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Delta(tuple(to_products(good["products"])), deleted, digest, quarantine)
+
+
+def _read(path: Path, encoding: str) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        return reading.read_parquet(path, ["product_id"]).to_pandas()
+    return reading.read_csv(path, ["product_id"], encoding)
+
+
+def _gone(raw: pd.DataFrame, path: Path) -> pd.Series:
+    """[rows] whether the row says that its product is gone."""
+    if DELETED not in raw:
+        return pd.Series(False, index=raw.index)
+    texts = raw[DELETED].map(lambda v: "" if v is None or v != v else str(v).strip().lower())
+    unknown = ~texts.isin(_TRUE | _FALSE)
+    if unknown.any():
+        got = f"{DELETED} = {raw[DELETED][unknown].iloc[0]!r} in {path}"
+        raise DataContractError(explain(got, "true, false or empty", "correct the column"))
+    return texts.isin(_TRUE)
+
+
+def _id(value: Any) -> str:
+    """An id as `cleaning` reads it: stripped text; 7.0 is 7."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()

@@ -1,0 +1,286 @@
+"""Publishing: old or new, never a mixture; and what a killed process leaves behind."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import ArtifactError, ConfigError
+from models.index import published as module
+from models.index.build import build_index
+from models.index.config import IndexConfig, RefreshConfig
+from models.index.facts import IndexFacts
+from models.index.published import Origin, PublishedIndex
+from models.index.refresh import refresh
+from models.metrics import ListSink
+from models.schemas import QUARANTINE
+from models.sources.delta import Delta
+from models.types import Product
+
+ROWS = 60
+DIM = 8
+QUICK = IndexConfig(sample=4, batch_size=20)
+
+
+def products(mark: str, count: int = ROWS) -> list[Product]:
+    return [Product(f"p{i:03d}", f"{mark} thing{i}", brand=mark) for i in range(count)]
+
+
+def encode(texts: Sequence[str]) -> np.ndarray:
+    """A vector that depends on the text alone."""
+    rows = np.stack([np.random.default_rng(list(t.encode())).normal(size=DIM) for t in texts])
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built indexes a .. f; every row of one says its name."""
+    folder = tmp_path_factory.mktemp("sources")
+    for mark in "abcdef":
+        build_index(encode, products(mark), QUICK, folder / mark, ListSink())
+    return folder
+
+
+def origin(mark: str) -> Origin:
+    return Origin(fingerprint=mark, label=f"index@{mark}", encoder="e")
+
+
+def delta(mark: str, count: int = 30) -> Delta:
+    return Delta(tuple(products(mark, count)), ("p059",), f"delta-{mark}", QUARANTINE.empty_table())
+
+
+def marks(table: PublishedIndex) -> set[str]:
+    """The brands in what is served."""
+    index = table.open()
+    ids, _ = index.search(np.ones((1, DIM)), 1000)
+    return {p.brand for p in index.products(ids[0]).values()}
+
+
+def publish_all(folder: Path, sources: Path, names: str, keep: int = 3) -> PublishedIndex:
+    """A table to which indexes a, b, ... were published in turn."""
+    table = PublishedIndex(folder / "published", keep)
+    for name in names:
+        table.publish(sources / name, origin(name), ListSink())
+    return table
+
+
+def test_what_is_published_is_what_was_built(tmp_path: Path, sources: Path) -> None:
+    table, sink = PublishedIndex(tmp_path / "published"), ListSink()
+    assert table.current() is None and table.history() == []
+    made = table.publish(sources / "a", origin("a"), sink)
+    assert table.current() == made and made.facts.rows == ROWS and made.previous is None
+    assert sink.series("index/recall_at_10") == [1.0]
+    ids, vectors = table.open().vectors()
+    assert ids == [p.product_id for p in products("a")]
+    assert np.array_equal(vectors, encode([f"a thing{i}" for i in range(ROWS)]))
+    assert table.open().search_text("thing7", 1)[0][0] == "p007"
+
+
+def test_publishing_the_served_index_again_does_nothing(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    before = table.current()
+    assert table.publish(sources / "a", origin("a"), ListSink()) == before
+    assert table.current() == before
+
+
+def test_rollback_serves_the_version_before(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "abc")
+    first, second, third = (p.version for p in reversed(table.history()))
+    assert marks(table) == {"c"}
+    assert table.rollback().version == second and marks(table) == {"b"}
+    assert table.rollback().version == first and marks(table) == {"a"}
+    with pytest.raises(ArtifactError, match="the first one published"):
+        table.rollback()
+    assert table.rollback(third).version == third and marks(table) == {"c"}
+    with pytest.raises(ArtifactError, match=f"version 99; expected one of {first}, {second}"):
+        table.rollback(99)
+
+
+def test_after_a_rollback_the_next_publish_goes_back_to_what_was_served(
+    tmp_path: Path, sources: Path
+) -> None:
+    table = publish_all(tmp_path, sources, "ab")
+    table.rollback()
+    table.publish(sources / "c", origin("c"), ListSink())
+    assert marks(table) == {"c"}
+    table.rollback()
+    assert marks(table) == {"a"}, "b was served before a, and was rolled back"
+
+
+def test_old_versions_go_and_their_files_with_them(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CLOCK_SLACK_S", 0.02)
+    table = publish_all(tmp_path, sources, "ab", keep=2)
+    old = table.history()[-1]
+    sizes = []
+    for mark in "cdef":
+        table.publish(sources / mark, origin(mark), ListSink())
+        files = [p for p in (table.folder / "products.lance" / "data").iterdir()]
+        sizes.append(len(files))
+    assert [p.origin.fingerprint for p in table.history()] == ["f", "e"]
+    assert sizes[-1] == sizes[0] <= 3, "one data file a kept version, and the one it replaces"
+    with pytest.raises(ArtifactError, match="expected one of"):
+        table.open(old.version)
+    records = {int(p.stem) for p in (table.folder / "versions").glob("*.json")}
+    assert records == {p.version for p in table.history()}
+
+
+def test_an_index_that_fails_the_gate_is_not_served(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    source = shutil.copytree(sources / "b", tmp_path / "b")
+    facts, probes = IndexFacts.read(source)
+    strict = facts.config.model_copy(update={"kind": "ivf_pq", "min_recall": 1.0, "refine": (1,)})
+    bad = facts.model_copy(update={"kind": "ivf_pq", "config": strict})
+    bad.write(source, np.random.default_rng(0).normal(size=(4, DIM)).astype(np.float32))
+    with pytest.raises((ConfigError, RuntimeError)):
+        table.publish(source, origin("b"), ListSink())
+    assert marks(table) == {"a"}
+    facts.write(source, probes)
+    table.publish(source, origin("b"), ListSink())
+    assert marks(table) == {"b"}
+
+
+def test_a_reader_sees_one_version_whole(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    held, done, seen, wrong = table.open(), threading.Event(), [], []
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                found = marks(table)
+            except Exception as error:
+                wrong.append(repr(error))
+                return
+            (seen if len(found) == 1 else wrong).append(str(found))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for mark in "bcd":
+        table.publish(sources / mark, origin(mark), ListSink())
+    table.rollback()
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert wrong == []
+    assert len(seen) >= 4 and len(set(seen)) >= 2, "readers ran while versions changed"
+    assert len(held) == ROWS
+    assert next(iter(held.products(["p000"]).values())).brand == "a", "an open index stays"
+
+
+# kill -9
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import tests.unit.test_published_index as t
+from models.index import build, published, refresh
+from models.metrics import ListSink
+
+def kill_at(owner, name, call, before):
+    real, calls = getattr(owner, name), []
+    def wrapped(*args, **kw):
+        calls.append(1)
+        if before and len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = real(*args, **kw)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return out
+    setattr(owner, name, wrapped)
+
+folder, point = Path({folder!r}), {point!r}
+table = published.PublishedIndex(folder / "published")
+if point == "build: second batch":
+    kill_at(t, "encode", 2, True)
+    build.build_index(t.encode, t.products("b"), t.QUICK, folder / "b", ListSink())
+elif point == "refresh: first merge":
+    kill_at(refresh, "_delete", 1, True)
+elif point == "refresh: before the tag":
+    kill_at(published.PublishedIndex, "serve", 1, True)
+elif point == "publish: rows, no indexes":
+    kill_at(published, "index_all", 1, True)
+elif point == "publish: before the tag":
+    kill_at(published.PublishedIndex, "serve", 1, True)
+elif point == "publish: after the tag":
+    kill_at(published.PublishedIndex, "_move", 1, False)
+if point.startswith("publish"):
+    table.publish(Path({source!r}), t.origin("b"), ListSink())
+elif point.startswith("refresh"):
+    refresh.refresh(table, t.delta("b"), t.encode, t.RefreshConfig(batch_size=10), ListSink())
+"""
+
+
+def killed(folder: Path, sources: Path, point: str) -> None:
+    """Run the work in a process that kills itself at `point`."""
+    root = str(Path(__file__).resolve().parents[2])
+    code = KILLED.format(root=root, folder=str(folder), source=str(sources / "b"), point=point)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["publish: rows, no indexes", "publish: before the tag", "publish: after the tag"],
+)
+def test_a_killed_publish_is_finished_by_the_next(
+    tmp_path: Path, sources: Path, point: str
+) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    killed(tmp_path, sources, point)
+    assert marks(table) == ({"b"} if point.endswith("after the tag") else {"a"})
+    newest = table.open().table.list_versions()[-1]["version"]
+    made = table.publish(sources / "b", origin("b"), ListSink())
+    assert marks(table) == {"b"} and len(table.open()) == ROWS
+    assert (made.version == newest) == (point != "publish: rows, no indexes"), "no work twice"
+    assert [p.origin.fingerprint for p in table.history()] == ["b", "a"]
+    assert table.rollback().origin == origin("a") and marks(table) == {"a"}
+
+
+def brands(table: PublishedIndex) -> str:
+    """The first letters of the rows' brands, sorted."""
+    rows = table.open().products([f"p{i:03d}" for i in range(ROWS)]).values()
+    return "".join(sorted(p.brand for p in rows))
+
+
+def test_a_killed_refresh_is_finished_by_the_next(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    killed(tmp_path, sources, "refresh: first merge")
+    assert brands(table) == "a" * ROWS
+    other = PublishedIndex(shutil.copytree(table.folder, tmp_path / "copy"))
+    made, counts = refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+    assert counts.encoded == 0, "the killed process had merged every row"
+    assert made == table.current() and made.deltas == ("delta-b",)
+    assert brands(table) == "a" * 29 + "b" * 30
+    # another delta than the half-done one: nothing of that one may leak into it
+    refresh(other, delta("c", count=3), encode, RefreshConfig(), ListSink())
+    assert brands(other) == "a" * 56 + "c" * 3
+
+
+def test_a_refresh_killed_before_its_tag_is_only_tagged(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    killed(tmp_path, sources, "refresh: before the tag")
+    assert brands(table) == "a" * ROWS
+    newest = table.open().table.list_versions()[-1]["version"]
+    made, _ = refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+    assert made.version == newest and brands(table) == "a" * 29 + "b" * 30
+
+
+def test_a_killed_build_is_no_index_and_is_built_again(tmp_path: Path, sources: Path) -> None:
+    killed(tmp_path, sources, "build: second batch")
+    table = PublishedIndex(tmp_path / "published")
+    with pytest.raises(ArtifactError, match="build the index again"):
+        table.publish(tmp_path / "b", origin("b"), ListSink())
+    build_index(encode, products("b"), QUICK, tmp_path / "b", ListSink())
+    table.publish(tmp_path / "b", origin("b"), ListSink())
+    assert brands(table) == "b" * ROWS
