@@ -56,7 +56,7 @@ def find_artifact(label: str, *, store: ArtifactStore | None = None) -> Artifact
         ArtifactError: no finished run made it, or its run was deleted.
     """
     store = store or ArtifactStore(settings())
-    run = _run_of(store, label)
+    run = run_of(store, label)
     if run is None:
         raise ArtifactError(explain(f"no run that made {label}", "one in MLflow", "make it again"))
     return store.ref(run)

@@ -362,8 +362,8 @@ def _point(
     artifacts: ArtifactStore,
     publishers: Sequence[Publish] | None,
 ) -> None:
-    for publish in PUBLISHERS if publishers is None else publishers:
-        publish(store_name, release.parts["index"].ref)
+    for move_index in PUBLISHERS if publishers is None else publishers:
+        move_index(store_name, release.parts["index"].ref)
     for part in (release.parts[role] for role in ROLES):
         registry.set_alias(part.name, CHAMPION, part.version, store=artifacts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +15,11 @@ import pytest
 from flows import cli
 from models.store import Store
 from tasks.release import Action, Moved, promote
-from tests.flows.conftest import SMALLER, Chain
+from tests.flows.conftest import SMALLER, Chain, at_home
 from tests.releases import artifacts, make_release
 
 STORE = ("--store", "synthetic-smoke")
-COMMANDS = "run judge score search evaluate lineage promote rollback versions".split()
+COMMANDS = "run judge score search refresh evaluate lineage promote rollback versions".split()
 
 
 class Done:
@@ -171,6 +172,63 @@ def test_search_ranks_products_with_tiers(relearn: Relearn, chain: Chain, mode: 
     shown = [p for p in store.product_by_id if f" {p} " in text]
     assert 1 <= len(shown) <= 3 and (mode == "lexical" or len(shown) == 3)
     assert all(column in text for column in ("rank", "title", "grade", "tier"))
+
+
+def test_search_filters_and_lets_the_judge_re_rank(relearn: Relearn, chain: Chain) -> None:
+    from flows.serving import find_products
+    from models.index.filters import Filters
+
+    ref = next(r.ref for r in chain.results[0].reports if r.ref.name == "validate")
+    store = Store.read(chain.artifacts.path(ref) / "store")
+    brand = next(iter(store.product_by_id.values())).brand
+    own = {i for i, p in store.product_by_id.items() if p.brand == brand}
+    tail = (*STORE, "--home", chain.home)
+    text = relearn("search", "sofa", "-k", "120", "--brand", brand, *tail).check()
+    assert {p for p in store.product_by_id if f" {p} " in text} == own
+    text = relearn("search", "sofa", "--brand", "x' OR '1'='1", *tail).check()
+    assert [p for p in store.product_by_id if f" {p} " in text] == []
+    refused = relearn("search", "sofa", "--min-price", "9", "--max-price", "3", *tail)
+    refused.check_refused("prices from 9 to 3")
+
+    with at_home(chain.home):
+        plain = find_products("synthetic-smoke", "sofa", 12, "vector")
+        ranked = find_products("synthetic-smoke", "sofa", 5, "vector", Filters(), rerank=12)
+    best = sorted(plain, key=lambda hit: -hit.expected_grade)[:5]
+    assert [h.product.product_id for h in ranked] == [h.product.product_id for h in best]
+    assert [h.product.product_id for h in ranked] != [h.product.product_id for h in plain[:5]]
+
+
+def test_refresh_applies_a_delta_to_what_is_served(
+    relearn: Relearn, chain: Chain, tmp_path: Path
+) -> None:
+    """On a copy of the published table: other tests search the original."""
+    ref = next(r.ref for r in chain.results[0].reports if r.ref.name == "validate")
+    store = Store.read(chain.artifacts.path(ref) / "store")
+    before = chain.home / "published" / "synthetic-smoke"
+    kept = shutil.copytree(before, tmp_path / "kept")
+    first, second = list(store.product_by_id)[:2]
+    delta = tmp_path / "delta"
+    delta.mkdir()
+    write_pairs(
+        delta / "products.parquet",
+        product_id=["brand-new", first, second],
+        title=["Zyxophone deluxe", None, "Renamed lamp"],
+        deleted=[False, True, False],
+    )
+    tail = (*STORE, "--home", chain.home)
+    try:
+        text = relearn("refresh", "--data", delta, *tail).check()
+        assert "1 inserted, 1 updated, 1 deleted" in text and "2 texts embedded" in text
+        assert "120 products" in text
+        text = relearn("search", "zyxophone", "--mode", "lexical", *tail).check()
+        assert "brand-new" in text
+        text = relearn("refresh", "--data", delta, *tail).check()
+        assert "0 inserted, 0 updated, 0 deleted, 2 unchanged, 1 not there" in text
+    finally:
+        shutil.rmtree(before)
+        kept.rename(before)
+    relearn("refresh", "--data", tmp_path / "absent", *tail).check_refused("absent")
+    relearn("refresh", "--data", tmp_path, *tail).check_refused("products.parquet")
 
 
 def test_lineage_goes_down_to_the_source(relearn: Relearn, chain: Chain) -> None:

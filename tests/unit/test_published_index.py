@@ -9,13 +9,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from models.errors import ArtifactError, ConfigError
 from models.index import published as module
-from models.index.build import build_index
+from models.index.build import build_index, measured_facts
 from models.index.config import IndexConfig, RefreshConfig
 from models.index.facts import IndexFacts
 from models.index.published import Origin, PublishedIndex
@@ -134,19 +135,26 @@ def test_old_versions_go_and_their_files_with_them(
     assert records == {p.version for p in table.history()}
 
 
-def test_an_index_that_fails_the_gate_is_not_served(tmp_path: Path, sources: Path) -> None:
+def test_a_copy_that_fails_the_gate_is_not_served(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = publish_all(tmp_path, sources, "a")
-    source = shutil.copytree(sources / "b", tmp_path / "b")
-    facts, probes = IndexFacts.read(source)
-    strict = facts.config.model_copy(update={"kind": "ivf_pq", "min_recall": 1.0, "refine": (1,)})
-    bad = facts.model_copy(update={"kind": "ivf_pq", "config": strict})
-    bad.write(source, np.random.default_rng(0).normal(size=(4, DIM)).astype(np.float32))
-    with pytest.raises((ConfigError, RuntimeError)):
-        table.publish(source, origin("b"), ListSink())
+
+    def worse(*args: Any, **kw: Any) -> IndexFacts:
+        return measured_facts(*args, **kw).model_copy(update={"recall_at_10": 0.5})
+
+    monkeypatch.setattr(module, "measured_facts", worse)
+    with pytest.raises(
+        ConfigError, match=r"got recall@10 0\.500 .*expected at least 0\.97; do this"
+    ):
+        table.publish(sources / "b", origin("b"), ListSink())
     assert marks(table) == {"a"}
-    facts.write(source, probes)
-    table.publish(source, origin("b"), ListSink())
-    assert marks(table) == {"b"}
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"60 rows .*expected 61"):
+        table.publish(sources / "b", origin("b"), ListSink(), expected_rows=ROWS + 1)
+    assert marks(table) == {"a"}
+    table.publish(sources / "b", origin("b"), ListSink())
+    assert marks(table) == {"b"} and len(table.history()) == 2
 
 
 def test_a_reader_sees_one_version_whole(tmp_path: Path, sources: Path) -> None:

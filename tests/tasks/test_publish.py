@@ -1,0 +1,104 @@
+"""Publishing artifacts: from a stage's ref to what is served, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from models.errors import ArtifactError, ConfigError
+from models.index.build import build_index
+from models.index.config import IndexConfig, RefreshConfig
+from models.metrics import ListSink
+from models.types import Product
+from tasks import publish as module
+from tasks.artifacts import ArtifactRef, ArtifactStore
+from tasks.publish import history, open_published, publish, published, refresh, rollback
+from tasks.settings import Settings
+from tasks.stage import StageContext, stage
+
+
+def encode(texts: Sequence[str]) -> np.ndarray:
+    """A vector that depends on the text alone."""
+    rows = np.stack([np.random.default_rng(list(t.encode())).normal(size=6) for t in texts])
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@stage(name="fake_encoder", kind="embedder")
+def fake_encoder(ctx: StageContext, mark: str) -> None:
+    (ctx.out / "weights.txt").write_text(mark)
+
+
+@stage(name="fake_index", kind="index")
+def fake_index(ctx: StageContext, mark: str, encoder: ArtifactRef) -> None:
+    rows = [Product(f"p{i}", f"{mark} thing{i}") for i in range(12)]
+    build_index(encode, rows, IndexConfig(sample=2), ctx.out, ctx.sink)
+
+
+def made(mark: str) -> ArtifactRef:
+    """An index artifact and the encoder below it."""
+    return fake_index.make(mark=mark, encoder=fake_encoder.make(mark=mark))
+
+
+def test_the_served_index_brings_its_own_encoder(home: Path, current: Settings) -> None:
+    assert published("shop") is None
+    first, second = made("a"), made("b")
+    assert publish("shop", first).origin.fingerprint == first.fingerprint
+    publish("shop", second)
+    index, weights = open_published("shop")
+    assert (Path(weights) / "weights.txt").read_text() == "b"
+    assert next(iter(index.products(["p3"]).values())).title == "b thing3"
+    rollback("shop")
+    index, weights = open_published("shop")
+    assert (Path(weights) / "weights.txt").read_text() == "a"
+    assert next(iter(index.products(["p3"]).values())).title == "a thing3"
+    assert [p.origin.label for p in history("shop")] == [second.label, first.label]
+    assert rollback("shop", history("shop")[0].version).origin.label == second.label
+    assert (home / "published" / "shop" / "products.lance").is_dir()
+    assert published("other") is None, "stores do not share a table"
+
+
+def test_a_delta_folder_refreshes_what_is_served(
+    current: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("shop", made("a"))
+    delta = tmp_path / "delta"
+    delta.mkdir()
+    rows = {"product_id": ["p1", "p2"], "title": ["new", None], "deleted": [False, True]}
+    pq.write_table(pa.table(rows), delta / "products.parquet")
+    asked = []
+    monkeypatch.setattr(
+        module, "_lazy_encoder", lambda artifacts, label: asked.append(label) or encode
+    )
+    sink = ListSink()
+    now, counts = refresh("shop", delta, RefreshConfig(), sink=sink)
+    assert (counts.encoded, counts.updated, counts.deleted) == (1, 1, 1)
+    assert asked == [fake_encoder.make(mark="a").label]
+    assert published("shop") == now and now.facts.rows == 11 and len(now.deltas) == 1
+    assert now.origin == history("shop")[-1].origin
+    assert sink.series("refresh/updated") == [1.0]
+
+
+def test_what_cannot_be_served_is_refused(current: Settings, tmp_path: Path) -> None:
+    encoder = fake_encoder.make(mark="a")
+    with pytest.raises(ArtifactError, match="an index"):
+        publish("shop", encoder)
+    with pytest.raises(ConfigError, match="the store name"):
+        published("../shop")
+    with pytest.raises(ArtifactError, match="no published index of shop"):
+        open_published("shop")
+    with pytest.raises(ArtifactError, match="nothing published"):
+        rollback("shop")
+    with pytest.raises(ArtifactError, match="no published index of shop"):
+        refresh("shop", tmp_path, RefreshConfig())
+    ref = made("b")
+    publish("shop", ref)
+    artifacts = ArtifactStore(current)
+    for run in artifacts.search("tags.`relearn.stage` = 'fake_encoder'"):
+        artifacts.client.delete_run(run.info.run_id)
+    with pytest.raises(ArtifactError, match="no run that made fake_encoder"):
+        open_published("shop")
