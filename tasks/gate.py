@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from models.errors import ArtifactError, RelearnError, explain
 from models.evaluation.gate import Contender, Decision, GateConfig, decide
 from models.evaluation.outcomes import Outcomes
-from models.index.lance import IndexConfig
+from models.index.config import IndexConfig
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.embedder import index_catalogue
 from tasks.evaluate import RetrievalEvalConfig, evaluate_judge, evaluate_retrieval
