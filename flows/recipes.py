@@ -22,6 +22,7 @@ from models.judge.config import (
     OptimiserConfig,
     PassAtNConfig,
     PoolConfig,
+    ProbeConfig,
     PromptConfig,
     ReplayConfig,
     SftConfig,
@@ -104,8 +105,8 @@ def _prompt(store: str) -> PromptConfig:
 
 def small(store: str = "synthetic") -> PipelineConfig:
     """SmolLM2-135M-Instruct and all-MiniLM-L6-v2 on two CPU cores: a coffee break."""
-    top = OptimiserConfig(lr=1.5e-4, train_layers=14, checkpoint_every=25)
-    gentle = top.model_copy(update={"lr": 5e-6})
+    top = OptimiserConfig(lr=2.5e-4, train_layers=10, checkpoint_every=25)
+    gentle = top.model_copy(update={"lr": 2e-5, "schedule": "constant_with_warmup"})
     return PipelineConfig(
         name=store,
         data=DataConfig(source=_source(store)),
@@ -113,36 +114,42 @@ def small(store: str = "synthetic") -> PipelineConfig:
             base="smollm2-135m-instruct",
             prompt=_prompt(store),
             sft=SftConfig(
-                optimiser=top, max_pairs=1440, cot_share=0.35, micro_batch=16, accumulate=1
+                optimiser=top,
+                max_pairs=400,
+                grade_share=0.25,
+                verdict_share=0.3,
+                probe=ProbeConfig(max_pairs=400),
+                micro_batch=8,
+                accumulate=1,
             ),
-            pass_at_n=PassAtNConfig(prompts=40, samples=4, max_new_tokens=56),
-            dpo=DpoConfig(optimiser=gentle, micro_batch=6),
+            pass_at_n=PassAtNConfig(prompts=32, samples=4, max_new_tokens=56),
+            dpo=DpoConfig(optimiser=gentle, micro_batch=6, accumulate=1),
             grpo=GrpoConfig(
-                optimiser=gentle.model_copy(update={"schedule": "constant_with_warmup"}),
-                pool=PoolConfig(candidates=160, size=80),
-                steps=4,
-                prompts_per_step=6,
+                optimiser=gentle,
+                pool=PoolConfig(candidates=72, size=36),
+                steps=3,
+                prompts_per_step=4,
                 group_size=4,
                 max_new_tokens=56,
                 max_refills=1,
-                responses_at_once=12,
+                responses_at_once=16,
             ),
-            calibration=CalibrationConfig(max_pairs=300),
-            answers=AnswersConfig(max_pairs=300, reasoning_pairs=32, max_new_tokens=56),
+            calibration=CalibrationConfig(max_pairs=140),
+            answers=AnswersConfig(max_pairs=160, reasoning_pairs=24, max_new_tokens=56),
         ),
         embedder=EmbedderConfig(
             base="all-minilm-l6-v2",
-            sft=ContrastiveConfig(max_tokens=64),
+            sft=ContrastiveConfig(steps=32, max_tokens=64),
             rgrpo=RetrievalGRPOConfig(
-                steps=24,
-                refresh_every=12,
-                k=12,
-                max_queries=64,
-                pool_size=2000,
-                val_reward_queries=16,
+                steps=12,
+                refresh_every=6,
+                k=10,
+                max_queries=28,
+                pool_size=1200,
+                val_reward_queries=8,
                 max_tokens=64,
             ),
-            evaluation=RetrievalEvalConfig(judged_queries=30),
+            evaluation=RetrievalEvalConfig(judged_queries=12),
         ),
     )
 

@@ -49,9 +49,9 @@ def _artifacts(store_name: str) -> ArtifactStore:
 class Champion:
     """The champion judge: grades pairs and explains them."""
 
-    def __init__(self, model: Any, beta_cum: float) -> None:
+    def __init__(self, model: Any, cumpt: Any) -> None:
         self.model = model
-        self.beta_cum = beta_cum
+        self.cumpt = cumpt
 
     @classmethod
     def open(cls, store_name: str) -> Champion:
@@ -65,20 +65,20 @@ class Champion:
         from models.judge.scoring import ScoringJudge
 
         model = ScoringJudge.load(folder, settings().torch_device)
-        beta = model.encoder.spec.beta_cum
-        assert beta is not None, "registered judges are calibrated"
-        return cls(model, beta)
+        cumpt = model.encoder.spec.cumpt
+        assert cumpt is not None, "registered judges are calibrated"
+        return cls(model, cumpt)
 
     def grade(
         self, pairs: Sequence[tuple[Query, Product]], desc: str = ""
     ) -> list[dict[str, int | float | str]]:
         """grade, p1..p4 and tier of each pair, in order."""
-        from models.evaluation.tiers import TIER_OF_GRADE, cumpt_grades
+        from models.evaluation.tiers import TIER_OF_GRADE
 
         if not pairs:
             return []
         p_NL = self.model.score(pairs, desc)
-        grades_N = cumpt_grades(p_NL, self.beta_cum)
+        grades_N = self.cumpt.grades(p_NL)
         return [
             {
                 "grade": int(g),
@@ -234,7 +234,6 @@ def evaluate_champion(
     from pydantic import TypeAdapter, ValidationError
 
     from models.evaluation.judge import grade_metrics, probability_metrics
-    from models.evaluation.tiers import cumpt_grades
     from models.sources import SourceConfig, load
 
     try:
@@ -250,7 +249,7 @@ def evaluate_champion(
     gold_N = np.array([p.grade for p in pairs])
     p_NL = judge.model.score([(p.query, p.product) for p in pairs], "evaluating")
     head = {"segment": "all", "n": len(pairs)}
-    argmax, cumpt = p_NL.argmax(1) + 1, cumpt_grades(p_NL, judge.beta_cum)
+    argmax, cumpt = p_NL.argmax(1) + 1, judge.cumpt.grades(p_NL)
     numbers = probability_metrics(gold_N, p_NL)
     return [
         {"judge": "champion", **head, **grade_metrics(gold_N, argmax), **numbers},

@@ -51,9 +51,9 @@ def evaluate_judge(
     data = open_store(ctx, store)
     loaded = {name: _read_json(ctx.open(ref) / "answers.json") for name, ref in answers.items()}
     spec = JudgeSpec.read(ctx.open(judge))
-    assert spec.beta_cum is not None, "the judge artifact is calibrated"
-    rows = judge_rows(loaded, data, spec.prompt.order, spec.beta_cum)
-    judge_outcomes(list(loaded.values())[-1], data, spec.beta_cum).write(ctx.out)
+    assert spec.cumpt is not None, "the judge artifact is calibrated"
+    rows = judge_rows(loaded, data, spec.prompt.order, spec.cumpt)
+    judge_outcomes(list(loaded.values())[-1], data, spec.cumpt).write(ctx.out)
     return _publish(ctx, JUDGE_TABLE, "judge", rows, rows[-1])
 
 

@@ -85,7 +85,7 @@ def judge_teacher(
     )
 
 
-@stage(name="judge_cot_sft", kind="judge", code_version="2")
+@stage(name="judge_cot_sft", kind="judge", code_version="3")
 def judge_cot_sft(
     ctx: StageContext,
     config: SftConfig,
@@ -201,23 +201,28 @@ def judge_grpo(
     return facts | counts
 
 
-@stage(name="judge", kind="judge", code_version="1")
+@stage(name="judge", kind="judge", code_version="2")
 def judge_calibrated(
     ctx: StageContext, config: CalibrationConfig, judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
     """The finished judge: weights, prompt, and the CumPT threshold of validation [TaoSR1 s3.4]."""
     import numpy as np
 
-    from models.evaluation.tiers import calibrate_beta
+    from models.evaluation.tiers import calibrate
     from models.judge.spec import JudgeSpec
 
     folder = ctx.open(judge)
     pairs = _sample(open_store(ctx, store).pairs("validation"), config.max_pairs, 0)
     scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in pairs], "calibration")
-    beta, f1 = calibrate_beta(scores, np.array([p.grade for p in pairs]))
+    cumpt, f1 = calibrate(scores, np.array([p.grade for p in pairs]))
     shutil.copytree(folder, ctx.out, dirs_exist_ok=True)
-    JudgeSpec.read(folder).calibrated(beta).write(ctx.out)
-    return {"beta_cum": beta, "validation/macro_f1": f1, "pairs": len(pairs)}
+    JudgeSpec.read(folder).calibrated(cumpt).write(ctx.out)
+    return {
+        "beta_cum": cumpt.beta,
+        "sharpness": cumpt.sharpness,
+        "validation/macro_f1": f1,
+        "pairs": len(pairs),
+    }
 
 
 @stage(name="judge_answers", kind="judge", code_version="1")

@@ -16,7 +16,7 @@ from models.evaluation.judge import (
     probability_metrics,
     reasoning_metrics,
 )
-from models.evaluation.tiers import cumpt_grades
+from models.evaluation.tiers import CumPT
 from models.store import Store
 from models.teacher.response import Order, parse_response
 
@@ -25,7 +25,7 @@ Answer = Mapping[str, Any]
 
 
 def judge_rows(
-    answers: Mapping[str, Sequence[Answer]], store: Store, order: Order, beta_cum: float
+    answers: Mapping[str, Sequence[Answer]], store: Store, order: Order, cumpt: CumPT
 ) -> list[dict[str, Any]]:
     """One row per judge and segment ("all" first); the last judge is also read by CumPT."""
     pairs = next(iter(answers.values()))
@@ -41,7 +41,7 @@ def judge_rows(
         for name, given in answers.items():
             rows.append({"judge": name, **head, **_row(given, mask_N, store, order)})
         last, p_NL = list(answers.items())[-1][0], _probabilities(list(answers.values())[-1])
-        cumpt_N = cumpt_grades(p_NL[mask_N], beta_cum)
+        cumpt_N = cumpt.grades(p_NL[mask_N])
         rows.append({"judge": f"{last} + CumPT", **head, **grade_metrics(gold_N[mask_N], cumpt_N)})
     return rows
 

@@ -20,7 +20,7 @@ import numpy as np
 from models.errors import ArtifactError, explain
 from models.evaluation.judge import grade_metrics
 from models.evaluation.retrieval import Grades, ndcg
-from models.evaluation.tiers import cumpt_grades
+from models.evaluation.tiers import CumPT
 from models.store import Store
 
 FILE = "outcomes.json"
@@ -58,14 +58,14 @@ class Outcomes:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def judge_outcomes(answers: Sequence[Mapping[str, Any]], store: Store, beta_cum: float) -> Outcomes:
+def judge_outcomes(answers: Sequence[Mapping[str, Any]], store: Store, cumpt: CumPT) -> Outcomes:
     """1 where the served grade (CumPT) is the human one, else 0, by "query_id product_id".
 
     A pair that is labelled twice is two units. numbers: those of `grade_metrics`.
     """
     p_NL = np.array([a["p"] for a in answers], dtype=np.float64)
     gold_N = np.array([a["grade"] for a in answers])
-    grades_N = cumpt_grades(p_NL, beta_cum)
+    grades_N = cumpt.grades(p_NL)
     ids = _distinct(f"{a['query_id']} {a['product_id']}" for a in answers)
     queries, products = store.query_by_id, store.product_by_id
     content = [(queries[a["query_id"]], products[a["product_id"]], a["grade"]) for a in answers]

@@ -69,15 +69,15 @@ class OptimiserConfig(BaseModel):
 
 
 class ProbeConfig(BaseModel):
-    """Linear probe that the grade rows of the output layer start from (LP-FT, ours)."""
+    """Linear probe that puts the grade rows of the output layer where the features are (ours)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_pairs: int = Field(1000, ge=1)
-    """Pairs read by the frozen base model, the first of those that SFT trains on."""
-    l2: float = Field(1e-3, ge=0)
+    """Training pairs read once, class-balanced; those that SFT did not train on come first."""
+    l2: float = Field(1e-2, ge=0)
     """Weight of the squared norm of the probe, its features scaled to a mean square of one."""
-    quiet: float = Field(2e-2, ge=0)
+    quiet: float = Field(0.1, ge=0)
     """Weight of the mean squared logit that the moved rows add where no grade is due."""
 
 
@@ -113,7 +113,7 @@ class SftConfig(BaseModel):
     mostly copied from the prompt, have what is left. A plain mean gives the verdicts an eighth of
     the steps' gradient, and the reasoning then contradicts its grade (infra/LOG.md)."""
     probe: ProbeConfig | None = None
-    """Start the grade rows from a linear probe; None starts from the base's own rows."""
+    """Fit the grade rows after the last step; None, the paper, leaves them as they are."""
     micro_batch: int = Field(16, ge=1)
     """Pairs in one forward."""
     accumulate: int = Field(2, ge=1)

@@ -8,7 +8,7 @@ Departures from the paper:
    that is served 1/40 of the gradient. `grade_share=None` is the plain mean.
 2. `cot_share` of the pairs carry the steps, the others the grade alone: more labels in the same
    seconds on a small machine. 1.0 is the paper.
-3. The grade rows may start from a linear probe (models/judge/probe.py).
+3. The grade rows may be fitted after the last step (models/judge/probe.py).
 4. Pairs are drawn class-balanced up to `balance`, and batched by query so that prefixes are shared.
 """
 
@@ -24,10 +24,10 @@ import torch
 
 from models.errors import ConfigError, explain
 from models.judge.config import DrawConfig, SftConfig
-from models.judge.probe import start_from_probe
+from models.judge.probe import fit_grade_rows
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
-from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
+from models.judge.trainer import JudgeTrainer, make_trainable, merged, save_whole
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
@@ -174,10 +174,6 @@ def train_cot_sft(
     for reasoned in epochs:
         prepared += _epoch(encoder, chosen, reasoned, responses, config, rng)
     _show_first(encoder, prepared[0])
-    counts = {}
-    if config.probe is not None:
-        frozen = SharedPrefixLM(lm, bf16=config.optimiser.bf16)
-        counts = start_from_probe(frozen, encoder, chosen, config.probe, scratch)
     model = SharedPrefixLM(make_trainable(lm, config.optimiser), bf16=config.optimiser.bf16)
     tokens = sum(build_tree(batch.paths).num_tokens for batch in prepared)
     plain = sum(len(segment) for batch in prepared for path in batch.paths for segment in path)
@@ -203,10 +199,23 @@ def train_cot_sft(
         sink=sink,
     )
     trainer.run()
+    counts = {"pairs": len(chosen), "tokens": tokens, "shared_token_share": 1 - tokens / plain}
+    if config.probe is not None:
+        model = SharedPrefixLM(merged(model.lm), bf16=config.optimiser.bf16)
+        probed = _fresh_first(pairs, chosen, config.probe.max_pairs, rng)
+        counts |= fit_grade_rows(model, encoder, probed, config.probe)
     save_whole(model.lm, tokenizer, out)
     spec.write(out)
-    counts |= {"pairs": len(chosen), "tokens": tokens, "shared_token_share": 1 - tokens / plain}
     return counts
+
+
+def _fresh_first(
+    pairs: Sequence[Pair], trained: Sequence[Pair], count: int, rng: random.Random
+) -> list[Pair]:
+    """Up to `count` class-balanced pairs; trained ones only where the others do not suffice."""
+    seen = {p.key for p in trained}
+    fresh = draw_pairs([p for p in pairs if p.key not in seen], count, 1.0, rng)
+    return [*fresh, *draw_pairs(trained, count - len(fresh), 1.0, rng)]
 
 
 def _epoch(

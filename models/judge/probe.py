@@ -1,21 +1,19 @@
-"""Linear probing before fine-tuning: the judge starts from what its base model already knows.
+"""A linear probe on the finished features: the last step of SFT for a small judge.
 
-Consumes a base LM and labelled pairs -> produces the LM with its own output layer, in which the
-four grade rows are moved by what a linear probe of the frozen features learned.
+Consumes a fine-tuned LM and labelled pairs it was not trained on -> produces the LM with an output
+layer of its own, in which the four grade rows are moved by what the probe learned.
 
-Ours, after LP-FT (Kumar et al., arXiv 2202.10054). Started from the base's own grade rows, a small
-model spends most of a CPU budget on finding any direction that tells grades apart; a probe finds it
-in one forward pass over the pairs. The rows move against each other only (their mean stays), and
-are held still for what the layer reads anywhere but where the grade is due.
+Ours. Gradient steps that teach a small model to reason move the features under the grade rows
+faster than they move the rows, and grades suffer; one forward pass over fresh pairs and a convex
+fit put the rows where the features now are (infra/LOG.md). The rows move against each other only
+(their mean stays) and are held still for what the layer reads where no grade is due.
 
 Tensor legend: N pairs, D hidden size, L grades.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,43 +24,22 @@ from models.judge.prompt import PromptEncoder
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 from models.types import Pair
 
-log = logging.getLogger(__name__)
-
 ROWS_AT_ONCE = 48
 MAX_ITERATIONS = 200
 
 
-def start_from_probe(
-    model: SharedPrefixLM,
-    encoder: PromptEncoder,
-    pairs: Sequence[Pair],
-    config: ProbeConfig,
-    scratch: Path,
+def fit_grade_rows(
+    model: SharedPrefixLM, encoder: PromptEncoder, pairs: Sequence[Pair], config: ProbeConfig
 ) -> dict[str, float]:
-    """Untie the output layer of `model.lm` and add the probe's rows to it, in place.
-
-    The rows are kept in `scratch`: a resumed run reads them instead of probing again.
-    """
-    from safetensors.torch import load_file, save_file
-
-    kept = scratch / "probe.safetensors"
-    metrics: dict[str, float] = {}
-    if kept.is_file():
-        delta_LD = load_file(kept)["delta"].to(model.device)
-    else:
-        pairs = pairs[: config.max_pairs]
-        states_ND, gram_DD = answer_states(model, encoder, pairs)
-        labels_N = torch.tensor([p.grade - 1 for p in pairs], device=model.device)
-        rows_LD = _head(model.lm).weight[encoder.label_ids].detach().float()
-        delta_LD, metrics = fit_probe(states_ND, gram_DD, labels_N, rows_LD, config)
-        log.info("probe on %d pairs: %s", len(pairs), metrics)
-        part = kept.with_suffix(".part")
-        save_file({"delta": delta_LD.cpu()}, part)
-        part.replace(kept)
+    """Untie the output layer of `model.lm` and add the probe's rows to it, in place."""
+    states_ND, gram_DD = answer_states(model, encoder, pairs)
+    labels_N = torch.tensor([p.grade - 1 for p in pairs], device=model.device)
+    rows_LD = _head(model.lm).weight[encoder.label_ids].detach().float()
+    delta_LD, metrics = fit_probe(states_ND, gram_DD, labels_N, rows_LD, config)
     untie_head(model.lm)
     with torch.no_grad():
         _head(model.lm).weight[encoder.label_ids] += delta_LD
-    return metrics
+    return {"probe/pairs": len(pairs), **metrics}
 
 
 @torch.no_grad()

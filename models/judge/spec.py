@@ -1,4 +1,4 @@
-"""What a judge folder holds beside its weights: prompt format, kind lexicon, CumPT threshold."""
+"""What a judge folder holds beside its weights: prompt format, kind lexicon, CumPT reading."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from models.errors import ArtifactError, explain
+from models.evaluation.tiers import CumPT
 from models.judge.config import PromptConfig
 from models.rules.base import Rule, RuleBase, load_rules
 from models.rules.kinds import KindLexicon
@@ -18,11 +19,11 @@ FILE = "judge.json"
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """Everything but the weights that a score depends on; beta_cum is None until calibrated."""
+    """Everything but the weights that a score depends on; cumpt is None until calibrated."""
 
     prompt: PromptConfig
     kinds: KindLexicon | None = None
-    beta_cum: float | None = None
+    cumpt: CumPT | None = None
     rules: RuleBase | None = None
     """The rules themselves: a judge keeps those it was trained with when their file is edited."""
 
@@ -37,16 +38,16 @@ class JudgeSpec:
         kinds = KindLexicon.fit(pairs) if prompt.evidence else None
         return cls(prompt, kinds, rules=load_rules(prompt.rules))
 
-    def calibrated(self, beta_cum: float) -> JudgeSpec:
-        """The same with a CumPT threshold."""
-        return replace(self, beta_cum=beta_cum)
+    def calibrated(self, cumpt: CumPT) -> JudgeSpec:
+        """The same with a CumPT reading."""
+        return replace(self, cumpt=cumpt)
 
     def write(self, folder: Path) -> None:
         """Write judge.json into `folder`."""
         kinds = None if self.kinds is None else self.kinds.to_json()
         body = {
             "prompt": self.prompt.model_dump(),
-            "beta_cum": self.beta_cum,
+            "cumpt": None if self.cumpt is None else asdict(self.cumpt),
             "kinds": kinds,
             "rules": [asdict(rule) for rule in self.rule_base.rules],
         }
@@ -66,4 +67,5 @@ class JudgeSpec:
         kinds = None if body["kinds"] is None else KindLexicon.from_json(body["kinds"])
         prompt = PromptConfig(**body["prompt"])
         rules = RuleBase(prompt.rules, tuple(Rule(**row) for row in body["rules"]))
-        return cls(prompt, kinds, body["beta_cum"], rules)
+        cumpt = None if body["cumpt"] is None else CumPT(**body["cumpt"])
+        return cls(prompt, kinds, cumpt, rules)

@@ -255,6 +255,10 @@ def _add_lora(lm: torch.nn.Module, settings: LoraSettings) -> torch.nn.Module:
 
 def save_whole(lm: Any, tokenizer: Any, out: Path) -> None:
     """Write a plain transformers folder, adapters merged, so that any loader reads it back."""
-    merged = lm.merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
-    merged.save_pretrained(out, safe_serialization=True)
+    merged(lm).save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
+
+
+def merged(lm: Any) -> Any:
+    """`lm` with its adapters merged into its weights, if it has any."""
+    return lm.merge_and_unload() if hasattr(lm, "merge_and_unload") else lm

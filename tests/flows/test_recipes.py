@@ -103,10 +103,10 @@ def test_later_changes_win_and_the_original_stays() -> None:
     ("change", "said"),
     [
         ("judge.dpo.bta=0.2", r"'judge\.dpo\.bta'.*beta.*under judge\.dpo"),
-        ("jduge.dpo.beta=0.2", r"data, embedder, judge"),
+        ("jduge.dpo.beta=0.2", r"data, embedder, gate, judge"),
         ("judge.dpo.beta.x=0.2", r"beta.*under judge\.dpo"),
         ("judge.dpo", r"judge\.dpo.*key=value"),
-        ("=1", r"one of data, embedder, judge"),
+        ("=1", r"one of data, embedder, gate, judge"),
         ("", r"key=value"),
         ("judge.dpo.beta=-1", r"judge\.dpo\.beta = -1.*greater than 0"),
         ("judge.dpo.beta=many", r"judge\.dpo\.beta = 'many'.*number"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import ArtifactError
+from models.evaluation.tiers import CumPT
 from models.judge.config import PromptConfig
 from models.judge.spec import JudgeSpec
 from tests.builders import make_pair
@@ -15,10 +16,10 @@ from tests.builders import make_pair
 
 def test_round_trip_with_lexicon_rules_and_threshold(tmp_path: Path) -> None:
     pairs = [make_pair("couch", "x", category="Home > Sofas"), make_pair("lamp", "y", category="L")]
-    spec = JudgeSpec.fit(PromptConfig(rules="homedepot"), pairs).calibrated(0.4)
+    spec = JudgeSpec.fit(PromptConfig(rules="homedepot"), pairs).calibrated(CumPT(0.4, 2.0))
     spec.write(tmp_path)
     again = JudgeSpec.read(tmp_path)
-    assert (again.prompt, again.beta_cum, again.rules) == (spec.prompt, 0.4, spec.rules)
+    assert (again.prompt, again.cumpt, again.rules) == (spec.prompt, CumPT(0.4, 2.0), spec.rules)
     assert again.kinds is not None and spec.kinds is not None
     assert again.kinds.to_json() == spec.kinds.to_json()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from models.judge import probe
 from models.judge.config import ProbeConfig, PromptConfig
-from models.judge.probe import answer_states, fit_probe, start_from_probe, untie_head
+from models.judge.cot_sft import _fresh_first
+from models.judge.probe import answer_states, fit_grade_rows, fit_probe, untie_head
 from models.judge.prompt import PromptEncoder
 from models.judge.scoring import ScoringJudge
 from models.judge.spec import JudgeSpec
@@ -93,7 +94,7 @@ def test_only_the_grade_rows_move_and_a_reloaded_model_has_them(
 ) -> None:
     model, encoder = opened(base)
     before = model.lm.get_input_embeddings().weight.detach().clone()
-    start_from_probe(model, encoder, pairs, ProbeConfig(max_pairs=40), tmp_path)
+    fit_grade_rows(model, encoder, pairs, ProbeConfig())
     head = model.lm.get_output_embeddings().weight.detach()
     assert torch.equal(model.lm.get_input_embeddings().weight, before)
     moved = (head != before).any(1).nonzero()[:, 0].tolist()
@@ -106,7 +107,7 @@ def test_only_the_grade_rows_move_and_a_reloaded_model_has_them(
 
 
 def test_the_probed_judge_knows_its_pairs_better_than_the_base(
-    base: str, pairs: list[Pair], tmp_path: Path
+    base: str, pairs: list[Pair]
 ) -> None:
     def nll(model: SharedPrefixLM, encoder: PromptEncoder) -> float:
         p_NL = torch.tensor(
@@ -116,20 +117,16 @@ def test_the_probed_judge_knows_its_pairs_better_than_the_base(
 
     model, encoder = opened(base)
     start = nll(model, encoder)
-    start_from_probe(model, encoder, pairs, ProbeConfig(l2=1e-4, quiet=0), tmp_path)
+    fit_grade_rows(model, encoder, pairs, ProbeConfig(l2=1e-4, quiet=0))
     assert nll(model, encoder) < 0.8 * start
 
 
-def test_a_resumed_run_reads_the_rows_instead_of_probing_again(
-    base: str, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, encoder = opened(base)
-    start_from_probe(first, encoder, pairs, ProbeConfig(), tmp_path)
-    monkeypatch.setattr(probe, "answer_states", lambda *_: pytest.fail("probed again"))
-    again, encoder = opened(base)
-    start_from_probe(again, encoder, pairs, ProbeConfig(), tmp_path)
-    rows = [m.lm.get_output_embeddings().weight for m in (first, again)]
-    assert torch.equal(*rows)
+def test_the_probe_reads_pairs_that_sft_did_not_train_on_first(pairs: list[Pair]) -> None:
+    trained, fresh = pairs[:30], {p.key for p in pairs[30:]}
+    few = _fresh_first(pairs, trained, 8, random.Random(0))
+    assert len(few) == 8 and {p.key for p in few} <= fresh
+    many = _fresh_first(pairs, trained, 20, random.Random(0))
+    assert {p.key for p in many[:10]} == fresh and len({p.key for p in many}) == 20
 
 
 def test_untying_twice_changes_nothing(base: str) -> None:

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.evaluation.tiers import TIER_OF_GRADE, Tier, calibrate_beta, cumpt_grades
+from models.evaluation.tiers import (
+    TIER_OF_GRADE,
+    Tier,
+    calibrate,
+    cumpt_grades,
+    sharpened,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +46,29 @@ def test_tiers() -> None:
 def test_calibration_finds_the_threshold_that_separates() -> None:
     gold = np.array([4, 4, 1, 1])
     p = np.array([[0.4, 0.0, 0.3, 0.3]] * 2 + [[0.9, 0.1, 0.0, 0.0]] * 2)
-    beta, f1 = calibrate_beta(p, gold)
-    assert f1 == 1.0 and cumpt_grades(p, beta).tolist() == [4, 4, 1, 1]
-    assert beta <= 0.3
+    cumpt, f1 = calibrate(p, gold)
+    assert f1 == 1.0 and cumpt.grades(p).tolist() == [4, 4, 1, 1]
+    assert 0.1 < cumpt.beta <= 0.3 and cumpt.sharpness == 1.0
+
+
+def test_flat_posteriors_are_sharpened() -> None:
+    """The largest of four close probabilities is right every time: no beta alone can say so."""
+    gold = np.array([1, 2, 3, 4] * 5)
+    p = np.full((20, 4), 0.24)
+    p[np.arange(20), gold - 1] = 0.28
+    cumpt, f1 = calibrate(p, gold)
+    assert f1 == 1.0 and cumpt.sharpness == 8.0
+    assert max((cumpt_grades(p, b) == gold).mean() for b in np.linspace(0.01, 0.99, 99)) <= 0.5
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 2.0, 8.0]))
+def test_sharpening_keeps_order_and_sums_to_one(seed: int, sharpness: float) -> None:
+    p = np.random.default_rng(seed).dirichlet(np.full(4, 0.1), size=8)
+    out = sharpened(p, sharpness)
+    assert np.allclose(out.sum(1), 1) and (out.argmax(1) == p.argmax(1)).all()
+    assert (out.max(1) >= p.max(1) - 1e-12).all()
 
 
 def test_calibration_without_pairs_is_refused() -> None:
     with pytest.raises(ValueError, match="no validation pairs"):
-        calibrate_beta(np.zeros((0, 4)), np.zeros(0, int))
+        calibrate(np.zeros((0, 4)), np.zeros(0, int))
