@@ -1,4 +1,4 @@
-# make setup | run | test | lint | clean        needs Python 3.11+, pip and make; nothing else
+# make setup | run | test | bench-retriever | lint | clean        needs Python 3.11+, pip and make; nothing else
 SHELL  := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,11 +12,12 @@ export OMP_WAIT_POLICY := PASSIVE
 # bytecode is worth a factor of 3 in import time, whatever the surroundings say
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run test lint clean
+.PHONY: help setup run test bench-retriever lint clean
 help:
 	@echo "make setup   build $(VENV) and fetch the model weights (once)"
 	@echo "make run     run the whole chain; pass options with ARGS='--recipe smoke'"
 	@echo "make test    run the tests"
+	@echo "make bench-retriever   time, memory and recall of the index kinds; ARGS='10000 1000000'"
 	@echo "make lint    ruff, mypy and the import contracts"
 	@echo "make clean   remove $(VENV) and caches (weights and .relearn stay)"
 
@@ -42,6 +43,9 @@ run: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench-retriever: $(VENV)/.installed
+	@$(BIN)/python tests/benchmarks/bench_retriever.py $(ARGS) 2> >(grep -vE "product/s|WARN" >&2)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -132,7 +132,7 @@ def measured_facts(
         unindexed_rows=found.unindexed_rows,
         trained_rows=rows if trained_rows is None else trained_rows,
         rows_since=rows_since,
-        probes=min(len(probes_PD), config.sample),
+        probes=found.probes,
         trials=found.trials,
         measure_s=time.perf_counter() - started,
         config=config,

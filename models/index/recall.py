@@ -23,6 +23,8 @@ from models.index.lance import LanceIndex
 
 GATED_K, DEEP_K = 10, 100
 """Recall is gated at 10 results, and told at 100 as well."""
+SCAN_PROBES = 20
+"""Probes of an exact index: a scan is only checked and timed, nothing is chosen."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Measured:
 
     nprobes: int | None
     refine: int | None
+    probes: int
     recall_at_10: float
     recall_at_100: float
     times_ms: tuple[float, ...]
@@ -42,9 +45,10 @@ def measure(index: LanceIndex, kind: Kind, config: IndexConfig, probes_PD: np.nd
     """Find the smallest setting that passes: first the number of partitions, with the most
     refinement, then the refinement. Where none passes, the best one tried is reported.
 
-    probes_PD: query vectors; the first `config.sample` are used.
+    probes_PD: query vectors; the first `config.sample` are used (of a scan: `SCAN_PROBES`).
     """
-    probes_PD = np.asarray(probes_PD[: config.sample], np.float32)
+    count = config.sample if kind != "exact" else min(config.sample, SCAN_PROBES)
+    probes_PD = np.asarray(probes_PD[:count], np.float32)
     ids, scores_PK = exact_top(index.vector_batches(), probes_PD, DEEP_K)
     trials: list[Trial] = []
 
@@ -61,6 +65,7 @@ def measure(index: LanceIndex, kind: Kind, config: IndexConfig, probes_PD: np.nd
     return Measured(
         nprobes=final.nprobes,
         refine=final.refine,
+        probes=len(probes_PD),
         recall_at_10=recall_with_ties(found, scores, ids, scores_PK, GATED_K),
         recall_at_100=recall_with_ties(deep, deep_scores, ids, scores_PK, DEEP_K),
         times_ms=tuple(times_ms),

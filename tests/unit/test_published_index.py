@@ -275,6 +275,24 @@ def test_a_killed_refresh_is_finished_by_the_next(tmp_path: Path, sources: Path)
     assert brands(other) == "a" * 56 + "c" * 3
 
 
+def test_an_interrupted_refresh_is_forgotten_once_another_index_is_published(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = publish_all(tmp_path, sources, "a")
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("models.index.refresh._delete", stop)
+    with pytest.raises(KeyboardInterrupt):
+        refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+    monkeypatch.undo()
+    table.publish(sources / "c", origin("c"), ListSink())
+    table.rollback()
+    refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+    assert brands(table) == "a" * 29 + "b" * 30, "nothing of c"
+
+
 def test_a_refresh_killed_before_its_tag_is_only_tagged(tmp_path: Path, sources: Path) -> None:
     table = publish_all(tmp_path, sources, "a")
     killed(tmp_path, sources, "refresh: before the tag")
