@@ -13,9 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import cli
+from models.evaluation.gate import Decision, GateConfig, Outcome
 from models.store import Store
+<<<<<<< HEAD
 from tasks.release import Action, Moved, promote
 from tests.flows.conftest import SMALLER, Chain, at_home
+=======
+from tasks.gate import Verdict
+from tasks.release import Action, Moved, promote, release_of
+from tests.flows.conftest import SMALLER, Chain
+>>>>>>> bde7a3d (A test of two promotions at once that fails without the lock; an overtaken run holds)
 from tests.releases import artifacts, make_release
 
 STORE = ("--store", "synthetic-smoke")
@@ -305,6 +312,20 @@ def test_a_candidate_is_held_then_forced_then_rolled_back(relearn: Relearn, shop
     relearn("rollback", "--to", "7", *tail).check_refused("ConfigError", "--to 7", "(2)")
     text = relearn("rollback", "--to", "2", *tail).check()
     assert "champion: judge 2, embedder 2, index 2" in text
+
+
+def test_a_run_that_was_overtaken_holds_and_says_so(shop: Path) -> None:
+    """It decided when there was no champion; by now another run has made one."""
+    from flows.release import _promote
+
+    candidate = release_of("shop", "candidate", artifacts=artifacts())
+    assert candidate is not None
+    late = Verdict(candidate, None, Decision.of([]))
+    held, action = _promote("shop", late, Action.FIRST, "", GateConfig(), artifacts())
+    assert action is None and held.decision.outcome is Outcome.HOLD
+    assert "another run promoted" in held.decision.summary
+    now = release_of("shop", "candidate", artifacts=artifacts())
+    assert now is not None and now.parts["index"].tags["decision"].startswith("hold ")
 
 
 # users' mistakes

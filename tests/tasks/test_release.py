@@ -127,31 +127,29 @@ def test_a_candidate_whose_files_are_gone_is_refused_before_anything_moves(
     assert champion_labels() == ALL_NONE and history(STORE, artifacts=artifacts()) == []
 
 
-def test_of_two_at_once_only_one_promotes(sets: list[Release]) -> None:
-    """Both decided against the same champion; the first is held up in the middle of its move."""
+def test_of_two_at_once_only_one_promotes(
+    sets: list[Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both decided against the same champion; the first is held up where it has just seen it."""
     old, one, two = sets[:3]
     crown(old, Action.FIRST)
-    inside, second_began, done = threading.Event(), threading.Event(), {}
+    inside, began, done = threading.Event(), threading.Event(), {}
+    move = release._make_move
 
-    def slow(store_name: str, index: ArtifactRef) -> None:
-        inside.set()
-        second_began.wait(10)
-        second.join(1.0)
+    def held_up(*arguments: Any) -> None:
+        if arguments[1] is one:
+            inside.set()
+            assert began.wait(30)
+            second.join(3.0)  # it cannot end: it waits for the lock
+        move(*arguments)
 
-    def run(name: str, candidate: Release, *publishers: Any) -> None:
+    def run(name: str, candidate: Release) -> None:
         if name == "two":
-            second_began.set()
-        done[name] = promote(
-            STORE,
-            candidate,
-            old,
-            Action.PROMOTED,
-            name,
-            artifacts=artifacts(),
-            publishers=publishers,
-        )
+            began.set()
+        done[name] = promote(STORE, candidate, old, Action.PROMOTED, name, artifacts=artifacts())
 
-    first = threading.Thread(target=run, args=("one", one, slow))
+    monkeypatch.setattr(release, "_make_move", held_up)
+    first = threading.Thread(target=run, args=("one", one))
     second = threading.Thread(target=run, args=("two", two))
     first.start()
     assert inside.wait(30)
