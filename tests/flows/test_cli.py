@@ -15,14 +15,9 @@ import pytest
 from flows import cli
 from models.evaluation.gate import Decision, GateConfig, Outcome
 from models.store import Store
-<<<<<<< HEAD
-from tasks.release import Action, Moved, promote
-from tests.flows.conftest import SMALLER, Chain, at_home
-=======
 from tasks.gate import Verdict
 from tasks.release import Action, Moved, promote, release_of
-from tests.flows.conftest import SMALLER, Chain
->>>>>>> bde7a3d (A test of two promotions at once that fails without the lock; an overtaken run holds)
+from tests.flows.conftest import SMALLER, Chain, at_home
 from tests.releases import artifacts, make_release
 
 STORE = ("--store", "synthetic-smoke")
