@@ -194,6 +194,8 @@ def rollback(
 
     What is rolled back is marked withdrawn: it is not promoted again by itself, an embedder that a
     withdrawn judge taught is flagged, and `relearn versions` shows both. Nothing is deleted.
+    `relearn search` uses the earlier index at once, with the refreshes it had when it was left;
+    later ones have to be applied again, and a warning says how many.
     """
     _prepare(home)
     from flows.release import roll_back

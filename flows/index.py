@@ -1,4 +1,4 @@
-"""The published index: serve one, and keep it fresh between two trainings."""
+"""The published index, kept fresh between two trainings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from prefect import flow, task
 from models.errors import ConfigError, explain
 from models.index.config import RefreshConfig
 from tasks.artifacts import ArtifactStore
-from tasks.publish import publish, refresh
+from tasks.publish import refresh
+from tasks.release import finish_pending
 from tasks.settings import settings
 from tasks.stage import MlflowSink, pipeline
-
-publish_index = task(name="publish_index", persist_result=False)(publish)
 
 
 @flow(name="refresh-index", log_prints=False)
@@ -30,6 +29,7 @@ def refresh_index(name: str, config: RefreshConfig | None = None) -> dict[str, A
     apply = task(name="refresh_index", persist_result=False)(refresh)
     with pipeline(f"refresh {name}", experiment=name) as current:
         artifacts = ArtifactStore(settings().model_copy(update={"experiment": name}))
+        finish_pending(name, artifacts=artifacts)
         sink = MlflowSink(artifacts.client, current.run_id)
         made, counts = apply(
             name, folder, config or RefreshConfig(), artifacts=artifacts, sink=sink

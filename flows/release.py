@@ -24,6 +24,7 @@ from tasks.release import (
     register_candidates,
     registered_rows,
     rollback,
+    serve_champion,
     version_rows,
 )
 from tasks.settings import settings
@@ -70,6 +71,8 @@ def release(
         verdict, action = _task(_promote, "promote")(
             name, verdict, action, reason, config, artifacts
         )
+    else:
+        _task(serve_champion, "publish")(name, artifacts=artifacts)
     rows = registered_rows(name, candidate, artifacts=artifacts)
     return ReleaseResult(name, rows, verdict.decision, action)
 
@@ -169,6 +172,8 @@ def promote_candidates(name: str, force: bool = False, reason: str = "") -> Rele
         if action is not None:
             why = reason or verdict.decision.summary
             verdict, action = _promote(name, verdict, action, why, config, artifacts)
+        else:
+            serve_champion(name, artifacts=artifacts)
     rows = registered_rows(name, candidate, artifacts=artifacts)
     return ReleaseResult(name, rows, verdict.decision, action)
 

@@ -1,12 +1,15 @@
-"""The published index of a store: publish, refresh, roll back, open.
+"""The published index of a store: publish, serve, refresh, open.
 
 Consumes index artifacts and catalogue deltas -> moves the tag `published` of the store's one table
-under `<home>/published/<store>`. Independent of registry aliases: whoever moves an alias calls
-`publish` or `rollback` as well. Not stages: what is served is a state, and a state is never cached.
+under `<home>/published/<store>`. Which index is served is the registry's word: `tasks/release.py`
+calls `serve` in every move of the champions, and in its repair. Only a refresh makes a version that
+the registry does not know; it keeps the origin, so it counts as the champion's index.
+Not stages: what is served is a state, and a state is never cached.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from models.index.published import Publication, PublishedIndex
     from models.index.refresh import RefreshCounts
 
+log = logging.getLogger(__name__)
 INDEX_KIND = "index"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -57,15 +61,30 @@ def publish(
     return table.publish(artifacts.path(ref), origin, sink or NullSink())
 
 
-def rollback(
-    store_name: str, to: int | None = None, *, artifacts: ArtifactStore | None = None
-) -> Publication:
-    """Serve the version before the current one again, or the kept version `to`.
+def serve(store_name: str, ref: ArtifactRef | None, *, artifacts: ArtifactStore) -> None:
+    """Bring what is published in line with the champion index `ref`; None: there is no champion.
+
+    What is served stays when it came from `ref`, with every refresh it had. Otherwise the newest
+    kept version that came from `ref` is served again, as refreshed as it was when it was left, and
+    without one the artifact, as it was built. Deltas applied to another index since are not in
+    these rows: their texts have other vectors there. `relearn refresh` brings them in again.
 
     Raises:
-        ArtifactError: there is no such version; the message lists those there are.
+        As `publish`.
     """
-    return _table(store_name, artifacts).rollback(to)
+    table = _table(store_name, artifacts)
+    if ref is None:
+        return table.withdraw()
+    before = table.current()
+    now = table.restore(ref.fingerprint) or publish(store_name, ref, artifacts=artifacts)
+    if before is not None and set(before.deltas) - set(now.deltas):
+        log.warning(
+            "%s is served without %d refreshes of the index before; apply them again: "
+            "relearn refresh --store %s --data DIR",
+            now.origin.label,
+            len(set(before.deltas) - set(now.deltas)),
+            store_name,
+        )
 
 
 def published(store_name: str, *, artifacts: ArtifactStore | None = None) -> Publication | None:

@@ -19,9 +19,9 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
@@ -29,7 +29,7 @@ from models.errors import ArtifactError, ConfigError, RelearnError, explain
 from tasks import registry
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
-from tasks.publish import publish
+from tasks.publish import serve
 from tasks.registry import CANDIDATE, CHAMPION, Registered
 
 if TYPE_CHECKING:
@@ -47,11 +47,18 @@ INDEX_RECALL = "index_recall"
 HISTORY = 500
 """Moves looked at."""
 
-Publish = Callable[[str, ArtifactRef], object]
-PUBLISHERS: tuple[Publish, ...] = (publish,)
-"""What else moves with the aliases: each is called with (store name, index artifact) and puts that
-index where it is served from. It must be repeatable: after a crash it is called again, and on an
-error once more with the index from before."""
+
+class Publish(Protocol):
+    """Puts an index where it is served from; without one, nothing is served. Must be repeatable:
+    after a crash it is called again, and on an error once more with the index from before."""
+
+    def __call__(
+        self, store_name: str, ref: ArtifactRef | None, *, artifacts: ArtifactStore
+    ) -> object: ...
+
+
+PUBLISHERS: tuple[Publish, ...] = (serve,)
+"""What else moves with the aliases."""
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +232,9 @@ def rollback(
 ) -> tuple[Release, Release]:
     """Make an earlier champion the champion again: (from, to). What is left is marked withdrawn.
 
+    Its index is served as it was when it was left: with the refreshes it had, without later ones.
+    Where that version is no longer kept, it is the artifact, without any (`tasks.publish.serve`).
+
     to: number of an index that was champion; None: the champion promoted before this one that was
     not withdrawn.
 
@@ -253,6 +263,17 @@ def finish_pending(
         return []
     with FileLock(_lock(store_name, artifacts)):
         return _finish_pending(store_name, artifacts, publishers)
+
+
+def serve_champion(
+    store_name: str, *, artifacts: ArtifactStore, publishers: Sequence[Publish] | None = None
+) -> None:
+    """Publish the champion's index where something else is served, or nothing: a lost folder."""
+    with FileLock(_lock(store_name, artifacts)):
+        _finish_pending(store_name, artifacts, publishers)
+        now = release_of(store_name, CHAMPION, artifacts=artifacts)
+        if now is not None:
+            _publish(store_name, now.parts["index"].ref, artifacts, publishers)
 
 
 def history(store_name: str, *, artifacts: ArtifactStore) -> list[Move]:
@@ -336,7 +357,7 @@ def _carry_out(
     except Exception as error:
         artifacts.client.set_tag(move.run_id, f"{TAG}error", f"{type(error).__name__}: {error}")
         if move.before is None:
-            _point_nowhere(store_name, artifacts)
+            _point_nowhere(store_name, artifacts, publishers)
         else:
             before = _resolved(store_name, move.before, artifacts)
             _point(store_name, before, artifacts, publishers)
@@ -362,15 +383,27 @@ def _point(
     artifacts: ArtifactStore,
     publishers: Sequence[Publish] | None,
 ) -> None:
-    for move_index in PUBLISHERS if publishers is None else publishers:
-        move_index(store_name, release.parts["index"].ref)
+    _publish(store_name, release.parts["index"].ref, artifacts, publishers)
     for part in (release.parts[role] for role in ROLES):
         registry.set_alias(part.name, CHAMPION, part.version, store=artifacts)
 
 
-def _point_nowhere(store_name: str, artifacts: ArtifactStore) -> None:
+def _point_nowhere(
+    store_name: str, artifacts: ArtifactStore, publishers: Sequence[Publish] | None
+) -> None:
+    _publish(store_name, None, artifacts, publishers)
     for role in ROLES:
         registry.delete_alias(model_name(store_name, role), CHAMPION, store=artifacts)
+
+
+def _publish(
+    store_name: str,
+    index: ArtifactRef | None,
+    artifacts: ArtifactStore,
+    publishers: Sequence[Publish] | None,
+) -> None:
+    for put in PUBLISHERS if publishers is None else publishers:
+        put(store_name, index, artifacts=artifacts)
 
 
 def _mark(store_name: str, move: Move, after: Release, artifacts: ArtifactStore) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.evaluation.outcomes import Outcomes
-from models.index.lance import IndexConfig
+from models.index.config import IndexConfig
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, RetrievalEvalConfig
 from tasks.judge import AnswersConfig
 from tasks.release import Release, register_candidates
 from tasks.settings import settings
-from tasks.stage import StageContext, stage
+from tasks.stage import Stage, StageContext, stage
 
 STORE = "shop"
 UNITS = 40
@@ -90,7 +90,11 @@ def artifacts() -> ArtifactStore:
 
 
 def make_release(
-    quality: float = 0.5, judge: int = 0, embedder: int | None = None, data: str = "one"
+    quality: float = 0.5,
+    judge: int = 0,
+    embedder: int | None = None,
+    data: str = "one",
+    index_by: Stage = index_stage,
 ) -> Release:
     """Make and register a judge, an embedder and an index, all of one quality."""
     store = store_stage.make(data=data)
@@ -98,7 +102,7 @@ def make_release(
     encoder = embedder_stage.make(
         seed=judge if embedder is None else embedder, judge=made, store=store
     )
-    index = index_stage.make(config=IndexConfig(sample=7), encoder=encoder, store=store)
+    index = index_by.make(config=IndexConfig(sample=7), encoder=encoder, store=store)
     answers = answers_stage.make(config=AnswersConfig(max_pairs=9), judge=made, store=store)
     evaluations = {
         "judge": evaluate_judge_stage.make(quality=quality, answers={"x": answers}, store=store),

@@ -143,6 +143,29 @@ class PublishedIndex:
             self.serve(found, sink)
             return found
 
+    def restore(self, fingerprint: str) -> Publication | None:
+        """Serve the newest kept version that came from the index `fingerprint`, with the refreshes
+        it had; the served one stays when it did. None: no version of it is kept, nothing moved."""
+        with self.writing():
+            current = self.current()
+            if current is not None and current.origin.fingerprint == fingerprint:
+                return current
+            kept = (p for p in self.history() if p.origin.fingerprint == fingerprint)
+            found = next(kept, None)
+            if found is not None:
+                self._keep_current()
+                self._move(found.version)
+                log.info("version %d is published again: %s", found.version, found.origin.label)
+            return found
+
+    def withdraw(self) -> None:
+        """Serve nothing; the versions stay."""
+        with self.writing():
+            self._keep_current()
+            tags = open_table(self.folder).tags if self._exists() else None
+            if tags is not None and PUBLISHED in tags.list():
+                tags.delete(PUBLISHED)
+
     def rollback(self, to: int | None = None) -> Publication:
         """Serve the version before the current one again, or the kept version `to`.
 

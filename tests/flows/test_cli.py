@@ -15,6 +15,7 @@ import pytest
 from flows import cli
 from models.evaluation.gate import Decision, GateConfig, Outcome
 from models.store import Store
+from tasks import release
 from tasks.gate import Verdict
 from tasks.release import Action, Moved, promote, release_of
 from tests.flows.conftest import SMALLER, Chain, at_home
@@ -276,8 +277,9 @@ def test_show_config_prints_json_and_runs_nothing(relearn: Relearn, tmp_path: Pa
 
 
 @pytest.fixture
-def shop(home: Path) -> Path:
-    """A home with a champion of quality .5 and a candidate of .4."""
+def shop(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a champion of quality .5 and a candidate of .4, whose indexes are one word."""
+    monkeypatch.setattr(release, "PUBLISHERS", ())
     first = make_release(quality=0.5)
     moved = promote("shop", first, None, Action.FIRST, "the first", artifacts=artifacts())
     assert moved is Moved.DONE

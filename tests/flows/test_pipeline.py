@@ -17,6 +17,7 @@ from models.text import normalise
 from tasks import registry
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
 from tasks.gate import _measure_judge, _measure_retrieval, contender
+from tasks.publish import published
 from tasks.release import Action, release_of
 from tasks.stage import Stage
 from tests.flows.conftest import Chain, at_home, small_config
@@ -114,6 +115,14 @@ def test_candidate_and_first_champion_are_registered(chain: Chain) -> None:
         assert version.aliases == ("candidate", "champion") and version.version == "1"
         assert version.ref.fingerprint == ref.fingerprint
         assert version.metrics
+
+
+def test_the_first_champion_is_published(chain: Chain) -> None:
+    ref = chain.results[0].retriever.index
+    served = published(small_config().name, artifacts=chain.artifacts)
+    assert served is not None and served.origin.fingerprint == ref.fingerprint
+    assert served.origin.encoder == chain.results[0].retriever.embedder.label
+    assert served.facts.rows == 120 and served.deltas == ()
 
 
 def test_the_first_release_is_champion_and_its_floors_are_noted(chain: Chain) -> None:

@@ -15,7 +15,7 @@ import pytest
 from models.errors import ArtifactError, ConfigError
 from models.evaluation.gate import GateConfig, Outcome
 from tasks import gate, registry, release
-from tasks.artifacts import TAG, ArtifactRef
+from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.evaluate import evaluate_judge, evaluate_retrieval
 from tasks.gate import compare, config_of, contender, record
 from tasks.release import (
@@ -63,6 +63,12 @@ def sets(template: tuple[Path, list[Release]], home: Path) -> list[Release]:
     """The releases of the template in a home of this test; their files stay where they are."""
     shutil.copy(template[0] / "mlflow.db", home / "mlflow.db")
     return template[1]
+
+
+@pytest.fixture(autouse=True)
+def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The indexes of `tests/releases.py` are one word: nothing can be searched, nor published."""
+    monkeypatch.setattr(release, "PUBLISHERS", ())
 
 
 def champion() -> Release | None:
@@ -205,9 +211,10 @@ def breaking(step: str, error: type[BaseException]) -> Iterator[None]:
         patch.undo()
 
 
-def publish(store_name: str, index: ArtifactRef) -> None:
+def publish(store_name: str, ref: ArtifactRef | None, *, artifacts: ArtifactStore) -> None:
     """Looks `publisher` up each time, so that a test can break it."""
-    globals()["publisher"](store_name, index)
+    if ref is not None:
+        globals()["publisher"](store_name, ref)
 
 
 @contextmanager
@@ -252,7 +259,7 @@ def test_a_crash_before_any_step_is_repaired_by_the_next_command(
 ) -> None:
     old, new = two
     if first:
-        release._point_nowhere(STORE, artifacts())
+        release._point_nowhere(STORE, artifacts(), None)
     with broken(step, Crash), pytest.raises(Crash, match=step):
         crown(new)
     if step in ("embedder", "index"):

@@ -116,6 +116,30 @@ def test_after_a_rollback_the_next_publish_goes_back_to_what_was_served(
     assert marks(table) == {"a"}, "b was served before a, and was rolled back"
 
 
+def test_an_index_is_served_again_as_refreshed_as_it_was(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    first = table.current()
+    fresh, _ = refresh(table, delta("z"), encode, RefreshConfig(), ListSink())
+    assert table.restore("a") == fresh, "what is served stays, deltas and all"
+    assert table.restore("b") is None and table.current() == fresh
+    table.publish(sources / "b", origin("b"), ListSink())
+    assert table.restore("a") == fresh == table.current() != first
+    assert brands(table) == "a" * 29 + "z" * 30
+    assert {p.origin.fingerprint for p in table.history()} == {"a", "b"}, "b is kept"
+
+
+def test_what_is_withdrawn_is_not_served_and_can_be_again(tmp_path: Path, sources: Path) -> None:
+    PublishedIndex(tmp_path / "empty").withdraw()
+    table = publish_all(tmp_path, sources, "a")
+    made = table.current()
+    table.withdraw()
+    table.withdraw()
+    assert table.current() is None
+    with pytest.raises(ArtifactError, match="nothing published"):
+        table.open()
+    assert table.restore("a") == made and marks(table) == {"a"}
+
+
 def test_old_versions_go_and_their_files_with_them(
     tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
