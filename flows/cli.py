@@ -51,7 +51,11 @@ def _prepare(home: Path | None, data: Path | None = None, **extra: str) -> None:
             raise ConfigError(explain(f"--data {data}", "a folder of source files", "fix the path"))
         os.environ["RELEARN_DATA_DIR"] = str(data.expanduser().resolve())
     os.environ.update(extra)
-    prepare_environment(settings())
+    from tasks.services import use_running_servers
+
+    current = settings()
+    use_running_servers(current)
+    prepare_environment(current)
 
 
 @app.command()
@@ -363,6 +367,66 @@ def lineage(
     from tasks.lineage import lineage as tree
 
     console.print(tree(name))
+
+
+@app.command()
+def up(
+    home: Home = None,
+    port_prefect: Annotated[
+        int | None, typer.Option("--port-prefect", min=1, max=65535, help="[default: 4200]")
+    ] = None,
+    port_mlflow: Annotated[
+        int | None, typer.Option("--port-mlflow", min=1, max=65535, help="[default: 5000]")
+    ] = None,
+    runs_at_once: Annotated[
+        int, typer.Option("--runs-at-once", min=1, help="Flow runs the worker takes at once.")
+    ] = 1,
+) -> None:
+    """Start Prefect, MLflow and a worker on this machine, and register the deployments.
+
+    Everything listens on 127.0.0.1 alone; state lies under --home, logs in its folder logs. From
+    then on the schedules of infra/prefect.yaml run by themselves, until `relearn down`. What runs
+    already is left as it is.
+    """
+    _prepare(home)
+    from tasks import services
+
+    services.up(settings(), _say, port_prefect, port_mlflow, runs_at_once)
+    status(home)
+
+
+@app.command()
+def down(home: Home = None) -> None:
+    """Stop what `relearn up` started: the worker with its flow runs, then the servers.
+
+    Each gets SIGTERM, and SIGKILL where it does not end in time. Nothing else on the machine is
+    touched. A flow run that is ended keeps its finished stages and checkpoints.
+    """
+    _prepare(home)
+    from tasks import services
+
+    stopped = services.down(settings(), _say)
+    _say(f"{stopped} processes stopped" if stopped else "nothing was running")
+
+
+@app.command()
+def status(home: Home = None) -> None:
+    """Show Prefect, MLflow and the worker of this home: state, address, pid and log.
+
+    Ends with exit code 1 unless all three run.
+    """
+    _prepare(home)
+    from flows.tables import services_table
+    from tasks import services
+
+    rows = services.status(settings())
+    console.print(services_table(rows), soft_wrap=True)
+    if any(row.state != services.RUNNING for row in rows):
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _not_blank(text: str, what: str) -> None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.evaluation.gate import Decision, Outcome, shown, verdict
+from tasks.services import RUNNING, Status
 from tasks.stage import StageReport
 
 JUDGE_COLUMNS = {
@@ -110,6 +111,18 @@ def versions_table(store_name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         note = "; ".join(filter(None, (row["promoted"], row["flag"])))
         cells = (before, row["version"], row["alias"], metrics, row["made_with"])
         table.add_row(*cells, escape(row["decision"]), escape(note))
+    return table
+
+
+def services_table(rows: Sequence[Status]) -> Table:
+    """What `relearn up` started, and where to look."""
+    table = Table(title="Services", title_justify="left")
+    for name in ("service", "state", "address", "pid", "log"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        pid, log = (str(row.record.pid), str(row.record.log)) if row.record else ("", "")
+        colour = "green" if row.state == RUNNING else "red"
+        table.add_row(row.title, f"[{colour}]{row.state}[/]", row.url, pid, log)
     return table
 
 

@@ -27,6 +27,10 @@ class WeightsError(RelearnError, OSError):
     """Model weights that cannot be found or read."""
 
 
+class ServiceError(RelearnError, RuntimeError):
+    """A server or worker of `relearn up` that did not start, or did not stop."""
+
+
 class TransientError(RelearnError, ConnectionError):
     """A failure that may pass by itself; the only kind that is retried."""
 

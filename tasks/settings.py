@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     """Threads torch computes with."""
     mlflow_uri: str | None = None
     """Tracking store; default sqlite under `home`."""
+    mlflow_ui: str | None = None
+    """Address of MLflow's pages, for links; `relearn up` sets it, as does an http `mlflow_uri`."""
     artifact_root: str | None = None
     """Where MLflow keeps artifacts (path or URI such as s3://); default a folder under `home`."""
     prefect_api_url: str | None = None
@@ -87,6 +89,12 @@ class Settings(BaseSettings):
         """The MLflow artifact root as a URI."""
         root = self.artifact_root or str(self.home / "artifacts")
         return root if "://" in root else Path(root).expanduser().resolve().as_uri()
+
+    @property
+    def mlflow_pages(self) -> str | None:
+        """Where a browser finds MLflow, without a closing slash; None when no server is known."""
+        uri = self.mlflow_ui or self.mlflow_uri or ""
+        return uri.rstrip("/") if uri.startswith(("http://", "https://")) else None
 
     @property
     def torch_device(self) -> str:

@@ -41,6 +41,7 @@ from filelock import FileLock, Timeout
 from models.errors import ConfigError, TransientError, explain
 from models.types import MetricSink
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore, Identity, flatten, identify, refs_in
+from tasks.links import link_to_mlflow
 from tasks.settings import Settings, settings
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def pipeline(
     store = ArtifactStore(current)
     tags = {"mlflow.runName": name, f"{TAG}pipeline": name} | _source_tags()
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
+    link_to_mlflow(current, store.experiment_id, run_id, name)
     token = _pipeline.set(Pipeline(run_id, current.experiment, on_progress=on_progress))
     status = "KILLED"
     try:

@@ -1,0 +1,156 @@
+"""The flows that infra/prefect.yaml deploys: what a schedule can start, from values alone.
+
+Consumes a `Chain` (a form in Prefect's pages) -> produces registered candidates, or a measurement.
+Artifacts that a flow needs and does not make are looked up in the registry: the champions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.data import prepare_data
+from flows.embedder import train_embedder
+from flows.judge import train_judge
+from flows.pipeline import run_pipeline
+from flows.recipes import PipelineConfig, recipe
+from flows.release import release
+from models.errors import ArtifactError, ConfigError, explain
+from tasks.artifacts import ArtifactRef, ArtifactStore
+from tasks.embedder import index_catalogue
+from tasks.evaluate import (
+    JUDGE_TABLE,
+    RETRIEVAL_TABLE,
+    evaluate_judge,
+    evaluate_retrieval,
+    read_table,
+)
+from tasks.judge import judge_answers
+from tasks.registry import champion
+from tasks.release import model_name
+from tasks.settings import settings
+from tasks.stage import pipeline
+
+RUN_NAME = "{chain.store} {chain.recipe}"
+"""How a run is called in Prefect's lists."""
+
+
+Change = Annotated[str, Field(pattern=r"^[\w.]+=")]
+
+
+class Chain(BaseModel):
+    """What `relearn run` takes on its command line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    recipe: Literal["smoke", "small", "full"] = "small"
+    """smoke (tiny models), small (two CPU cores) or full (a GPU)."""
+    store: Literal["synthetic", "homedepot", "chorus", "esci", "wands", "tables"] = "synthetic"
+    """Where the data comes from; `tables` is your own."""
+    data: str | None = None
+    """Folder with the store's files on the machine that runs the flow; synthetic needs none."""
+    changes: tuple[Change, ...] = ()
+    """Settings changed, each as key=value, e.g. judge.dpo.beta=0.2."""
+
+    @property
+    def config(self) -> PipelineConfig:
+        """The recipe with its changes."""
+        return recipe(self.recipe, self.store, self.changes)
+
+
+@flow(name="retrain", flow_run_name=RUN_NAME)
+def retrain(chain: Chain) -> list[dict[str, Any]]:
+    """Data, judge, retriever, index, evaluation, registration: the whole chain."""
+    with _data_folder(chain):
+        return run_pipeline(chain.config).registered
+
+
+@flow(name="retrain-judge", flow_run_name=RUN_NAME)
+def retrain_judge(chain: Chain) -> list[dict[str, Any]]:
+    """CoT SFT, pass@N, DPO, GRPO, CumPT on today's data; the judge becomes a candidate."""
+    config = chain.config
+    with _data_folder(chain), pipeline(f"retrain-judge {config.name}", config.name):
+        store = prepare_data(config.data)
+        return release(config.name, judge=train_judge(config.judge, store))
+
+
+@flow(name="retrain-embedder", flow_run_name=RUN_NAME)
+def retrain_embedder(chain: Chain) -> list[dict[str, Any]]:
+    """Contrastive SFT and Retrieval-GRPO on today's data, with the champion judge as the reward."""
+    config = chain.config
+    judge = _champion(config.name, "judge")
+    with _data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
+        store = prepare_data(config.data)
+        return release(config.name, retriever=train_embedder(config.embedder, store, judge))
+
+
+@flow(name="evaluate-champion", flow_run_name=RUN_NAME)
+def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
+    """Both tables for the champions on the held-out queries of today's data; trains nothing."""
+    config = chain.config
+    judge, encoder = (_champion(config.name, role) for role in ("judge", "embedder"))
+    with _data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):
+        store = prepare_data(config.data)
+        # a finished judge carries the prompt that it reads by
+        answers = judge_answers(config=config.judge.answers, prompt=judge, judge=judge, store=store)
+        judged = evaluate_judge(answers={"champion": answers}, judge=judge, store=store)
+        index = index_catalogue(config=config.embedder.index, encoder=encoder, store=store)
+        retrieved = evaluate_retrieval(
+            config=config.embedder.evaluation,
+            encoders={"champion": encoder},
+            indexes={"champion": index},
+            judge=judge,
+            store=store,
+        )
+    artifacts = _artifacts(config.name)
+    return {
+        "judge": read_table(artifacts.path(judged), JUDGE_TABLE),
+        "retrieval": read_table(artifacts.path(retrieved), RETRIEVAL_TABLE),
+    }
+
+
+def _artifacts(name: str) -> ArtifactStore:
+    return ArtifactStore(settings().model_copy(update={"experiment": name}))
+
+
+def _champion(name: str, role: str) -> ArtifactRef:
+    """The champion's artifact.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found = champion(model_name(name, role), store=_artifacts(name))
+    if found is None:
+        got = f"no champion of {model_name(name, role)}"
+        raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
+    return found.ref
+
+
+@contextmanager
+def _data_folder(chain: Chain) -> Iterator[None]:
+    """`settings()` names the chain's data folder inside: circumstance, so no part of its config.
+
+    Raises:
+        ConfigError: there is no such folder on this machine.
+    """
+    if chain.data is None:
+        yield
+        return
+    folder = Path(chain.data).expanduser()
+    if not folder.is_dir():
+        got = f"data {chain.data} on this machine"
+        raise ConfigError(explain(got, "a folder of source files", "fix the path"))
+    before = os.environ.get("RELEARN_DATA_DIR")
+    os.environ["RELEARN_DATA_DIR"] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        del os.environ["RELEARN_DATA_DIR"]
+        if before is not None:
+            os.environ["RELEARN_DATA_DIR"] = before

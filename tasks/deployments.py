@@ -1,0 +1,188 @@
+"""Prefect's side of `relearn up`: the work pool, the deployments, and runs left behind.
+
+Consumes the address of a Prefect server -> produces a process pool, the deployments of
+infra/prefect.yaml, and a run list without runs that no process works on any more.
+
+Catch-up of missed schedules: of a deployment's scheduled runs that came due while nothing was up,
+the newest runs at once and the older ones are cancelled with that reason. Runs that a person asked
+for are kept, all of them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import ConfigError, ServiceError, explain
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+POOL = "relearn"
+WORKER_NAME = "relearn"
+DEPLOY_TIMEOUT_S = 300.0
+PAGE = 200
+"""Runs the server hands out a request."""
+LOST = "The process that worked on it is gone. Its finished stages and checkpoints are kept: the "
+LOST += "next run, or Retry, goes on from them."
+
+
+@contextmanager
+def _client(url: str) -> Iterator[SyncPrefectClient]:
+    """A client of the server at `url`, whatever the environment said when Prefect was imported."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        yield client
+
+
+def ensure_pool(url: str) -> None:
+    """Make the process work pool where there is none; an existing one stays as people set it."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    pool = WorkPoolCreate(
+        name=POOL,
+        type=ProcessWorker.type,
+        description="Flow runs of relearn, each a process on this machine.",
+        base_job_template=ProcessWorker.get_default_base_job_template(),
+    )
+    with _client(url) as client:
+        try:
+            client.create_work_pool(pool)
+        except ObjectAlreadyExists:
+            return
+
+
+def deploy(file: Path, env: Mapping[str, str], folder: Path) -> list[str]:
+    """Register every deployment of `file`, as `prefect deploy --all` does; returns their names.
+
+    Raises:
+        ConfigError: there is no such file.
+        ServiceError: Prefect refuses it; the message ends with Prefect's own words.
+    """
+    if not file.is_file():
+        do = "run relearn from a checkout (make setup), which has infra/"
+        raise ConfigError(explain(f"no {file}", "the deployments", do))
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    try:
+        done = subprocess.run(
+            [*command, "--prefect-file", str(file)],
+            env=dict(env),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DEPLOY_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        got = f"no end of prefect deploy in {DEPLOY_TIMEOUT_S:.0f} s"
+        raise ServiceError(explain(got, "registered deployments", "try again")) from None
+    text = done.stdout + done.stderr
+    # a deployment that cannot be read is reported, and the command still ends with 0
+    names = re.findall(r"Deployment '([^']+)' successfully created", text)
+    wanted = _deployments_in(file)
+    missing = wanted - {name.split("/")[-1] for name in names}
+    if done.returncode or missing:
+        got = f"{', '.join(sorted(missing)) or 'deployments'} refused by prefect deploy:\n{text}\n"
+        raise ServiceError(explain(got, f"{len(wanted)} deployments", f"correct {file}"))
+    return names
+
+
+def _deployments_in(file: Path) -> set[str]:
+    import yaml
+
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {entry["name"] for entry in content["deployments"]}
+
+
+def settle_runs(url: str) -> list[str]:
+    """Close runs whose process is gone, and keep one missed run a deployment; says what it did.
+
+    Call it only while no worker of this machine and none of its flow runs is alive.
+    """
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Cancelled, Crashed
+
+    said = []
+    with _client(url) as client:
+        for run in _runs(client, ["RUNNING", "PENDING", "CANCELLING"]):
+            close = Cancelled if run.state_type == StateType.CANCELLING else Crashed
+            state: Any = close(message=LOST)
+            client.set_flow_run_state(run.id, state, force=True)
+            said.append(f"Run {run.name}: its process is gone, now {state.name}")
+        due: dict[Any, list[Any]] = defaultdict(list)
+        for run in _runs(client, ["SCHEDULED"], due_before=datetime.now(UTC)):
+            if run.auto_scheduled:
+                due[run.deployment_id].append(run)
+        for missed in due.values():
+            missed.sort(key=lambda r: r.next_scheduled_start_time or r.created)
+            *older, newest = missed
+            for run in older:
+                message = f"Missed while nothing was up; {newest.name} runs in its place."
+                client.set_flow_run_state(run.id, Cancelled(name="Missed", message=message))
+                said.append(f"Run {run.name}: missed; {newest.name} runs in its place")
+    return said
+
+
+def _runs(
+    client: SyncPrefectClient, states: list[str], due_before: datetime | None = None
+) -> list[Any]:
+    """Runs of the pool in one of `states`."""
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterNextScheduledStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+    )
+    from prefect.client.schemas.objects import StateType
+
+    conditions: dict[str, Any] = {
+        "state": FlowRunFilterState(
+            type=FlowRunFilterStateType(any_=[StateType(state) for state in states])
+        )
+    }
+    if due_before is not None:
+        conditions["next_scheduled_start_time"] = FlowRunFilterNextScheduledStartTime(
+            before_=due_before
+        )
+    found: list[Any] = []
+    while True:
+        page = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(**conditions),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+            limit=PAGE,
+            offset=len(found),
+        )
+        found += page
+        if len(page) < PAGE:
+            return found
+
+
+def worker_is_online(url: str, since: float) -> bool:
+    """Whether the worker has sent a heartbeat after `since` (seconds since the epoch)."""
+    import httpx
+
+    with _client(url) as client:
+        try:
+            workers = client.read_workers_for_work_pool(POOL)
+        except httpx.HTTPError:
+            return False
+    return any(
+        w.name == WORKER_NAME
+        and w.last_heartbeat_time is not None
+        and w.last_heartbeat_time.timestamp() > since
+        for w in workers
+    )

@@ -1,0 +1,365 @@
+"""`relearn up`, `down` and `status`: Prefect, MLflow and a worker for one machine, on loopback.
+
+Consumes Settings and two ports -> produces three processes that listen on 127.0.0.1 alone, and
+under the home folder prefect/ and mlflow.db (as `relearn run` lays them out), logs/ and
+services.json. Flow runs write to MLflow's database directly, as `relearn run` does; the MLflow
+server shows it. So neither a slow nor a stopped server can hold up a stage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from models.errors import ConfigError, ServiceError, explain
+from tasks import processes
+from tasks.artifacts import ArtifactStore
+from tasks.processes import LOOPBACK, Record, StateFile
+from tasks.settings import Settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEPLOYMENTS = REPOSITORY / "infra" / "prefect.yaml"
+PREFECT, MLFLOW, WORKER = "prefect", "mlflow", "worker"
+RUNNING = "running"
+PREFECT_PORT, MLFLOW_PORT = 4200, 5000
+START_TIMEOUT_S = 240.0
+"""A server starts in 5 to 11 s on calm cores; a machine that is training takes far longer."""
+HEALTH_TIMEOUT_S = 5.0
+WORKER_QUERY_S = "5"
+"""Seconds between two looks of the worker for runs that are due."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is started, and how it shows that it is ready."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    port: int | None = None
+    option: str = ""
+    """Option of `relearn up` that sets the port."""
+    health: str = ""
+    """Path that answers 200 when the server is ready."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One line of `relearn status`."""
+
+    title: str
+    state: str
+    """running, ended, not answering, or not started."""
+    record: Record | None
+
+    @property
+    def url(self) -> str:
+        """Where its pages are; "" for the worker."""
+        return url_of(self.record) if self.record else ""
+
+
+def server_services(current: Settings, prefect_port: int, mlflow_port: int) -> tuple[Service, ...]:
+    """The two servers. Addresses of databases travel in the environment: they may hold secrets."""
+    env = _environment(current, prefect_port, mlflow_port)
+    return (
+        Service(
+            PREFECT,
+            "Prefect",
+            (*_module("prefect"), *f"server start --host {LOOPBACK} --port {prefect_port}".split()),
+            env,
+            prefect_port,
+            "--port-prefect",
+            "/api/health",
+        ),
+        Service(
+            MLFLOW,
+            "MLflow",
+            (
+                *_module("mlflow"),
+                *f"server --host {LOOPBACK} --port {mlflow_port} --workers 1".split(),
+                "--no-serve-artifacts",
+            ),
+            env
+            | {
+                "MLFLOW_BACKEND_STORE_URI": current.tracking_uri,
+                "MLFLOW_DEFAULT_ARTIFACT_ROOT": current.artifact_uri,
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes
+            },
+            mlflow_port,
+            "--port-mlflow",
+            "/health",
+        ),
+    )
+
+
+def worker_service(current: Settings, prefect_port: int, mlflow_port: int, limit: int) -> Service:
+    """The process worker; every flow run is a process of its own, at most `limit` at once."""
+    from tasks.deployments import POOL, WORKER_NAME
+
+    options = f"--pool {POOL} --name {WORKER_NAME} --type process --limit {limit}"
+    return Service(
+        WORKER,
+        "Worker",
+        (*_module("prefect"), "worker", "start", *options.split(), "--install-policy", "never"),
+        _environment(current, prefect_port, mlflow_port)
+        | {"PREFECT_WORKER_QUERY_SECONDS": WORKER_QUERY_S},
+    )
+
+
+def _module(name: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", name)
+
+
+def _environment(current: Settings, prefect_port: int, mlflow_port: int) -> dict[str, str]:
+    """The caller's environment, which `prepare_environment` has completed, and the addresses."""
+    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "RELEARN_HOME": str(current.home),
+        "RELEARN_MLFLOW_UI": f"http://{LOOPBACK}:{mlflow_port}",
+        "PREFECT_API_URL": f"http://{LOOPBACK}:{prefect_port}/api",
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "NO_COLOR": "1",
+    }
+
+
+def up(
+    current: Settings,
+    say: Say,
+    prefect_port: int | None = None,
+    mlflow_port: int | None = None,
+    limit: int = 1,
+) -> list[Record]:
+    """Start what does not run yet, register pool and deployments, and wait until all answer.
+
+    What this call started is stopped again when it cannot finish.
+
+    Raises:
+        ConfigError: a port is taken, or another one than the running server's was asked for.
+        ServiceError: a process ended or did not answer in time.
+    """
+    _refuse_servers_elsewhere(current)
+    with _exclusive(current), _all_or_nothing(current) as launch:
+        running = dict(launch.records)
+        prefect = _port(running.get(PREFECT), prefect_port, PREFECT_PORT, "--port-prefect")
+        mlflow = _port(running.get(MLFLOW), mlflow_port, MLFLOW_PORT, "--port-mlflow")
+        servers = server_services(current, prefect, mlflow)
+        # MLflow makes or migrates its tables while it starts: no other process may meanwhile
+        with FileLock(ArtifactStore(current).lock_file("mlflow")):
+            for service in servers:
+                launch.start(service, say)
+            for service in servers:
+                _wait_for_server(service, launch.records[service.name])
+        if PREFECT in launch.started or WORKER not in running:
+            _register(launch, servers[0].env, say)
+        launch.start(worker_service(current, prefect, mlflow, limit), say)
+        if WORKER in launch.started:
+            _wait_for_worker(launch.records[WORKER], servers[0].env)
+        return list(launch.records.values())
+
+
+def down(current: Settings, say: Say, grace_s: float = processes.GRACE_S) -> int:
+    """Stop worker and flow runs, then the servers, and nothing else; returns how many processes.
+
+    The order lets a flow run that is ended tell the server so.
+
+    Raises:
+        ServiceError: a process that survives SIGKILL.
+    """
+    with _exclusive(current):
+        state = _state_file(current)
+        records = state.read()
+        for record in records.values():
+            if not processes.alive(record):
+                say(f"{record.name} (pid {record.pid}) had already ended")
+        found = processes.marked(current.home)
+        runs = _not_servers(found, records)
+        for group in (runs, [p for p in found if p not in runs]):
+            processes.stop(group, grace_s)
+        # what a worker began while it was being stopped
+        late = processes.marked(current.home)
+        processes.stop(late, grace_s)
+        state.write([])
+        return len({*found, *late})
+
+
+def _not_servers(found: list[Any], records: Mapping[str, Record]) -> list[Any]:
+    """Those of `found` outside the servers' sessions: worker and flow runs."""
+    servers = [
+        process
+        for name in (PREFECT, MLFLOW)
+        if name in records
+        for process in processes.in_session(found, records[name])
+    ]
+    return [p for p in found if p not in servers]
+
+
+def status(current: Settings) -> list[Status]:
+    """The three services as they are now."""
+    records = _state_file(current).read()
+    rows = []
+    for name, title, health in (
+        (PREFECT, "Prefect", "/api/health"),
+        (MLFLOW, "MLflow", "/health"),
+        (WORKER, "Worker", ""),
+    ):
+        record = records.get(name)
+        if record is None:
+            state = "not started"
+        elif not processes.alive(record):
+            state = "ended"
+        elif health and not answers(url_of(record) + health):
+            state = "not answering"
+        else:
+            state = RUNNING
+        rows.append(Status(title, state, record))
+    return rows
+
+
+def use_running_servers(current: Settings) -> None:
+    """Point this process at the servers of `relearn up`, where they run and nothing else was set.
+
+    Two Prefect servers on one sqlite file would lock each other out.
+    """
+    records = {n: r for n, r in _state_file(current).read().items() if processes.alive(r)}
+    if PREFECT in records:
+        os.environ.setdefault("PREFECT_API_URL", f"{url_of(records[PREFECT])}/api")
+    if MLFLOW in records:
+        os.environ.setdefault("RELEARN_MLFLOW_UI", url_of(records[MLFLOW]))
+
+
+def url_of(record: Record) -> str:
+    """The address of a server on this machine; "" for a process without a port."""
+    return f"http://{LOOPBACK}:{record.port}" if record.port else ""
+
+
+def answers(url: str) -> bool:
+    """Whether GET `url` gives 200. Proxies of the environment are not asked: it is loopback."""
+    from urllib.request import ProxyHandler, build_opener
+
+    try:
+        with build_opener(ProxyHandler({})).open(url, timeout=HEALTH_TIMEOUT_S) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _state_file(current: Settings) -> StateFile:
+    return StateFile(current.home / "services.json")
+
+
+@contextmanager
+def _exclusive(current: Settings) -> Iterator[None]:
+    """One `up` or `down` of a home at a time."""
+    path = current.home / "locks" / "services.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        got = f"another `relearn up` or `relearn down` at work on {current.home}"
+        raise ServiceError(explain(got, "one at a time", "wait for it to end")) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Launch:
+    """What runs, what this call has started, and the state file that follows it."""
+
+    def __init__(self, current: Settings) -> None:
+        self.home, self.file = current.home, _state_file(current)
+        self.records = {n: r for n, r in self.file.read().items() if processes.alive(r)}
+        self.started: set[str] = set()
+
+    def start(self, service: Service, say: Say) -> None:
+        """Start `service` unless it runs."""
+        running = self.records.get(service.name)
+        if running is not None:
+            say(f"{service.title}: already running (pid {running.pid}) {url_of(running)}".rstrip())
+            return
+        if service.port is not None:
+            processes.refuse_taken_port(service.port, service.title, service.option)
+        record = processes.start(
+            service.name, service.command, service.env, self.home, service.port
+        )
+        self.records[service.name] = record
+        self.started.add(service.name)
+        self.file.write(self.records.values())
+        say(f"{service.title}: starting (pid {record.pid}), log {record.log}")
+
+    def undo(self) -> None:
+        """Stop what this call started."""
+        found = processes.marked(self.home)
+        mine = [self.records.pop(name) for name in self.started]
+        processes.stop([p for r in mine for p in processes.in_session(found, r)])
+        self.file.write(self.records.values())
+
+
+@contextmanager
+def _all_or_nothing(current: Settings) -> Iterator[_Launch]:
+    launch = _Launch(current)
+    try:
+        yield launch
+    except BaseException:
+        launch.undo()
+        raise
+
+
+def _port(running: Record | None, asked: int | None, default: int, option: str) -> int:
+    if running is None or running.port is None:
+        return default if asked is None else asked
+    if asked is not None and asked != running.port:
+        got = f"{option} {asked} while {running.name} runs on port {running.port}"
+        raise ConfigError(explain(got, f"port {running.port}", "leave it out, or relearn down"))
+    return running.port
+
+
+def _refuse_servers_elsewhere(current: Settings) -> None:
+    for name, value in (
+        ("RELEARN_PREFECT_API_URL", current.prefect_api_url),
+        ("RELEARN_MLFLOW_URI", current.mlflow_uri),
+    ):
+        if value and value.startswith(("http://", "https://")):
+            got = f"{name}, which names a server that runs already"
+            raise ConfigError(
+                explain(got, "none: relearn up starts its own", f"unset {name}, or start a worker")
+            )
+
+
+def _wait_for_server(service: Service, record: Record) -> None:
+    url = url_of(record) + service.health
+    processes.wait_until(record, lambda: answers(url), START_TIMEOUT_S, f"answer at {url}")
+
+
+def _wait_for_worker(record: Record, env: Mapping[str, str]) -> None:
+    from tasks.deployments import worker_is_online
+
+    url = env["PREFECT_API_URL"]
+    processes.wait_until(
+        record, lambda: worker_is_online(url, since=record.created), START_TIMEOUT_S, "heartbeat"
+    )
+
+
+def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
+    """Pool and deployments; and where no worker or flow run is alive, what they left behind."""
+    from tasks.deployments import deploy, ensure_pool, settle_runs
+
+    url = env["PREFECT_API_URL"]
+    ensure_pool(url)
+    for line in deploy(DEPLOYMENTS, env, launch.home):
+        say(f"Deployment: {line}")
+    if not _not_servers(processes.marked(launch.home), launch.records):
+        for line in settle_runs(url):
+            say(line)
