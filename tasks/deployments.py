@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 POOL = "relearn"
 WORKER_NAME = "relearn"
 DEPLOY_TIMEOUT_S = 300.0
+LIVE = ("RUNNING", "PENDING", "CANCELLING")
 PAGE = 200
 """Runs the server hands out a request."""
 LOST = "The process that worked on it is gone. Its finished stages and checkpoints are kept: the "
@@ -116,13 +117,17 @@ def settle_runs(url: str) -> list[str]:
 
     said = []
     with _client(url) as client:
-        for run in _runs(client, ["RUNNING", "PENDING", "CANCELLING"]):
-            close = Cancelled if run.state_type == StateType.CANCELLING else Crashed
-            state: Any = close(message=LOST)
-            client.set_flow_run_state(run.id, state, force=True)
-            said.append(f"Run {run.name}: its process is gone, now {state.name}")
+        left = _runs(client, LIVE)
+        while left:
+            for run in left:
+                close = Cancelled if run.state_type == StateType.CANCELLING else Crashed
+                state: Any = close(message=LOST)
+                client.set_flow_run_state(run.id, state, force=True)
+                said.append(f"Run {run.name}: its process is gone, now {state.name}")
+            # the flows inside have no pool: they are found by the run that they are part of
+            left = _runs(client, LIVE, inside=[run.id for run in left])
         due: dict[Any, list[Any]] = defaultdict(list)
-        for run in _runs(client, ["SCHEDULED"], due_before=datetime.now(UTC)):
+        for run in _runs(client, ("SCHEDULED",), due_before=datetime.now(UTC)):
             if run.auto_scheduled:
                 due[run.deployment_id].append(run)
         for missed in due.values():
@@ -136,33 +141,29 @@ def settle_runs(url: str) -> list[str]:
 
 
 def _runs(
-    client: SyncPrefectClient, states: list[str], due_before: datetime | None = None
+    client: SyncPrefectClient,
+    states: Sequence[str],
+    due_before: datetime | None = None,
+    inside: Sequence[Any] = (),
 ) -> list[Any]:
-    """Runs of the pool in one of `states`."""
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterNextScheduledStartTime,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-        WorkPoolFilter,
-        WorkPoolFilterName,
-    )
+    """Runs in one of `states`: those of the pool, or the flows `inside` these runs."""
+    from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
 
-    conditions: dict[str, Any] = {
-        "state": FlowRunFilterState(
-            type=FlowRunFilterStateType(any_=[StateType(state) for state in states])
-        )
-    }
+    types = filters.FlowRunFilterStateType(any_=[StateType(state) for state in states])
+    conditions: dict[str, Any] = {"state": filters.FlowRunFilterState(type=types)}
     if due_before is not None:
-        conditions["next_scheduled_start_time"] = FlowRunFilterNextScheduledStartTime(
-            before_=due_before
-        )
+        due = filters.FlowRunFilterNextScheduledStartTime(before_=due_before)
+        conditions["next_scheduled_start_time"] = due
+    if inside:
+        parents = filters.FlowRunFilterParentFlowRunId(any_=list(inside))
+        conditions["parent_flow_run_id"] = parents
+    pool = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[POOL]))
     found: list[Any] = []
     while True:
         page = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(**conditions),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+            flow_run_filter=filters.FlowRunFilter(**conditions),
+            work_pool_filter=None if inside else pool,
             limit=PAGE,
             offset=len(found),
         )

@@ -1,0 +1,113 @@
+"""infra/: what is deployed exists and accepts its parameters; nothing names hosts or secrets."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.flows import load_flow_from_entrypoint
+
+from flows.recipes import RECIPES, STORES
+from flows.scheduled import Chain
+from models.errors import ConfigError
+from tasks.deployments import POOL
+
+INFRA = Path(__file__).resolve().parents[2] / "infra"
+PREFECT = yaml.safe_load((INFRA / "prefect.yaml").read_text())
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+SCHEDULES = {
+    "retrain": "weekly",
+    "retrain-judge": "weekly",
+    "retrain-embedder": "daily",
+    "evaluate-champion": "daily",
+}
+
+
+@pytest.mark.parametrize("entry", PREFECT["deployments"], ids=lambda e: e["name"])
+def test_a_deployment_names_a_flow_that_takes_its_parameters(entry: dict[str, Any]) -> None:
+    flow = load_flow_from_entrypoint(entry["entrypoint"])
+    assert flow.name == entry["name"] and entry["work_pool"]["name"] == POOL
+    chain = flow.validate_parameters(entry["parameters"])["chain"]
+    assert chain == Chain() and chain.config.name == "synthetic"
+    assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+
+
+def test_schedules_are_those_promised_and_never_start_together() -> None:
+    crons = {e["name"]: e["schedules"][0] for e in PREFECT["deployments"]}
+    assert {name: _cadence(row["cron"]) for name, row in crons.items()} == SCHEDULES
+    assert all(CronSchedule(**row).timezone == "UTC" for row in crons.values())
+    assert len({row["cron"] for row in crons.values()}) == len(crons)
+
+
+def _cadence(cron: str) -> str:
+    minute, hour, day, month, weekday = cron.split()
+    assert minute.isdigit() and hour.isdigit() and day == month == "*"
+    return "daily" if weekday == "*" else "weekly"
+
+
+def test_the_form_offers_every_recipe_and_store() -> None:
+    fields = Chain.model_fields
+    assert get_args(fields["recipe"].annotation) == tuple(RECIPES)
+    assert get_args(fields["store"].annotation) == STORES
+    assert all(field.description for field in fields.values())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"recipe": "huge"}, {"sotre": "chorus"}, {"changes": ["judge.dpo.beta"]}]
+)
+def test_a_wrong_form_is_refused_before_anything_runs(wrong: dict[str, Any]) -> None:
+    flow = load_flow_from_entrypoint("flows.scheduled.retrain")
+    with pytest.raises(Exception, match=next(iter(wrong))):
+        flow.validate_parameters({"chain": wrong})
+
+
+def test_a_change_reaches_the_config() -> None:
+    chain = Chain(recipe="smoke", store="synthetic", changes=("judge.dpo.beta=0.7",))
+    assert chain.config.judge.dpo.beta == 0.7
+    with pytest.raises(ConfigError, match="nowhere"):
+        _ = Chain(changes=("nowhere=1",)).config
+
+
+def test_images_have_no_host_and_ports_are_on_loopback() -> None:
+    services = COMPOSE["services"].values()
+    for image in {s["image"] for s in services}:
+        assert not re.match(r"[^/]*[.:][^/]*/", image), image
+    published = [port for s in services for port in s.get("ports", [])]
+    assert len(published) == 2 and all(p.startswith("127.0.0.1:") for p in published)
+
+
+def test_secrets_come_from_the_environment() -> None:
+    secret = re.compile(r"PASSWORD|SECRET|ACCESS_KEY")
+    checked = 0
+    for service in COMPOSE["services"].values():
+        for name, value in service.get("environment", {}).items():
+            if secret.search(name):
+                checked += 1
+                assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), name
+            for found in re.findall(r"://[^:/@]+:([^@]+)@", str(value)):
+                checked += 1
+                assert found == "${POSTGRES_PASSWORD}", name
+    assert checked > 6
+
+
+def test_services_wait_only_for_services_that_can_get_there() -> None:
+    services = COMPOSE["services"]
+    for service in services.values():
+        for name, wanted in service.get("depends_on", {}).items():
+            if wanted["condition"] == "service_healthy":
+                assert "healthcheck" in services[name]
+            if wanted["condition"] == "service_completed_successfully":
+                assert services[name]["restart"] == "on-failure"
+
+
+def test_every_placeholder_of_the_job_template_is_a_variable() -> None:
+    template = json.loads((INFRA / "k8s" / "base-job-template.json").read_text())
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert used == set(template["variables"]["properties"])
+    container = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    assert container["containers"][0]["args"] == "{{ command }}"

@@ -1,0 +1,148 @@
+"""Runs left behind and schedules missed, on a live Prefect server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.errors import ConfigError
+from tasks import deployments
+from tasks.deployments import POOL
+
+
+@pytest.fixture
+def url(prefect_server: None) -> str:
+    from prefect.settings import PREFECT_API_URL
+
+    address = PREFECT_API_URL.value()
+    assert address is not None
+    return address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Any]:
+    with deployments._client(url) as made:
+        yield made
+
+
+@pytest.fixture
+def deployment(url: str, client: Any) -> Iterator[Any]:
+    """A deployment of nothing in the pool, due every ten minutes; gone afterwards."""
+    from prefect import flow
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+
+    @flow(name="nothing")
+    def nothing() -> None:
+        """Does nothing."""
+
+    deployments.ensure_pool(url)
+    schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="*/10 * * * *"), active=True)
+    made = client.create_deployment(
+        flow_id=client.create_flow(nothing),
+        name="nothing",
+        work_pool_name=POOL,
+        schedules=[schedule],
+    )
+    yield client.read_deployment(made)
+    client.delete_deployment(made)
+
+
+def schedule(client: Any, deployment: Any, start: datetime, end: datetime) -> None:
+    """Let the server make the runs that its scheduler would have made."""
+    body = {"start_time": start.isoformat(), "end_time": end.isoformat(), "max_runs": 50}
+    path = f"/deployments/{deployment.id}/schedule"
+    client._client.post(path, json=body).raise_for_status()
+
+
+def runs(client: Any, deployment: Any) -> list[Any]:
+    """Every run of the deployment, oldest due first."""
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+
+    only = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+    return sorted(
+        client.read_flow_runs(deployment_filter=only), key=lambda r: r.expected_start_time
+    )
+
+
+def test_of_missed_runs_the_newest_is_kept_and_asked_for_ones_all(
+    url: str, client: Any, deployment: Any
+) -> None:
+    from prefect.states import Scheduled
+
+    now = datetime.now(UTC)
+    schedule(client, deployment, now - timedelta(minutes=41), now + timedelta(minutes=15))
+    missed = [r for r in runs(client, deployment) if r.expected_start_time < now]
+    assert len(missed) == 4
+    by_hand = client.create_flow_run_from_deployment(
+        deployment.id, state=Scheduled(scheduled_time=now - timedelta(minutes=30))
+    )
+    said = deployments.settle_runs(url)
+    assert len(said) == 3 and all("in its place" in line for line in said)
+    after = {r.id: r for r in runs(client, deployment)}
+    assert [after[r.id].state.name for r in missed] == ["Missed"] * 3 + ["Scheduled"]
+    assert after[missed[0].id].state.is_cancelled()
+    assert missed[-1].name in after[missed[0].id].state.message
+    assert after[by_hand.id].state.name == "Scheduled"
+    coming = [r for r in after.values() if r.expected_start_time > now]
+    assert coming and all(r.state.name == "Scheduled" for r in coming)
+    assert deployments.settle_runs(url) == []
+
+
+def test_runs_without_a_process_are_closed_with_the_flows_inside(
+    url: str, client: Any, deployment: Any
+) -> None:
+    from prefect import flow, task
+    from prefect.states import Cancelling, Completed, Pending, Running
+
+    @flow(name="inner")
+    def inner() -> None:
+        """Does nothing."""
+
+    @task(name="call")
+    def call() -> None:
+        """Stands for the inner run in the outer one."""
+
+    outer = client.create_flow_run_from_deployment(deployment.id, state=Running())
+    stands_for = client.create_task_run(call, outer.id, "0", state=Running())
+    child = client.create_flow_run(inner, parent_task_run_id=stands_for.id, state=Running())
+    others = {
+        state.name: client.create_flow_run_from_deployment(deployment.id, state=state)
+        for state in (Pending(), Cancelling(), Completed())
+    }
+    elsewhere = client.create_flow_run(inner, state=Running())
+    said = deployments.settle_runs(url)
+    assert len(said) == 4
+    state = {r.id: client.read_flow_run(r.id).state for r in (outer, child, elsewhere)}
+    assert state[outer.id].is_crashed() and "checkpoints are kept" in state[outer.id].message
+    assert state[child.id].is_crashed()
+    assert state[elsewhere.id].is_running()
+    names = {n: client.read_flow_run(r.id).state.name for n, r in others.items()}
+    assert names == {"Pending": "Crashed", "Cancelling": "Cancelled", "Completed": "Completed"}
+
+
+def test_an_existing_pool_stays_as_people_set_it(url: str, client: Any, deployment: Any) -> None:
+    from prefect.client.schemas.actions import WorkPoolUpdate
+
+    client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=3))
+    deployments.ensure_pool(url)
+    pool = client.read_work_pool(POOL)
+    assert (pool.concurrency_limit, pool.type) == (3, "process")
+
+
+def test_without_a_checkout_deploy_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prefect\.yaml.*do this"):
+        deployments.deploy(tmp_path / "prefect.yaml", {}, tmp_path)
+
+
+def test_no_worker_is_online_before_its_heartbeat(url: str, client: Any, deployment: Any) -> None:
+    now = datetime.now(UTC).timestamp()
+    assert not deployments.worker_is_online(url, since=now)
+    client.send_worker_heartbeat(POOL, deployments.WORKER_NAME)
+    assert deployments.worker_is_online(url, since=now - 60)
+    assert not deployments.worker_is_online(url, since=now + 60)
+    assert not deployments.worker_is_online("http://127.0.0.1:9/api", since=0)
