@@ -1,4 +1,4 @@
-# make setup | run | test | bench-retriever | lint | clean        needs Python 3.11+, pip and make; nothing else
+# make setup | run | up | down | test | bench-retriever | lint | clean     needs Python 3.11+, pip and make
 SHELL  := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,11 +12,13 @@ export OMP_WAIT_POLICY := PASSIVE
 # bytecode is worth a factor of 3 in import time, whatever the surroundings say
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run test bench-retriever lint clean
+.PHONY: help setup run up down test test-live bench-retriever lint clean
 help:
 	@echo "make setup   build $(VENV) and fetch the model weights (once)"
 	@echo "make run     run the whole chain; pass options with ARGS='--recipe smoke'"
-	@echo "make test    run the tests"
+	@echo "make up      start Prefect, MLflow and a worker; schedules run from then on"
+	@echo "make down    stop exactly those"
+	@echo "make test    run the tests (make test-live: with the real servers, a minute or two)"
 	@echo "make bench-retriever   time, memory and recall of the index kinds; ARGS='10000 1000000'"
 	@echo "make lint    ruff, mypy and the import contracts"
 	@echo "make clean   remove $(VENV) and caches (weights and .relearn stay)"
@@ -40,6 +42,15 @@ setup: $(VENV)/.installed
 
 run: setup
 	@$(BIN)/relearn run $(ARGS)
+
+up: setup
+	@$(BIN)/relearn up $(ARGS)
+
+down:
+	@$(BIN)/relearn down $(ARGS)
+
+test-live: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m live $(ARGS)
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

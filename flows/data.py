@@ -11,7 +11,7 @@ from tasks.ingest import ingest, validate_store
 from tasks.settings import settings
 
 
-@flow(name="prepare-data", log_prints=False)
+@flow(name="prepare-data", flow_run_name="data", log_prints=False)
 def prepare_data(config: DataConfig) -> ArtifactRef:
     """Read the store, set faulty rows aside, validate, split by query."""
     content = digest(config.source, settings().data_dir)

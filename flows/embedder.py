@@ -22,7 +22,7 @@ class EmbedderResult(BaseModel):
     evaluation: ArtifactRef
 
 
-@flow(name="train-embedder", log_prints=False)
+@flow(name="train-embedder", flow_run_name="retriever", log_prints=False)
 def train_embedder(
     config: EmbedderConfig, store: ArtifactRef, judge: ArtifactRef
 ) -> EmbedderResult:

@@ -31,7 +31,7 @@ class JudgeResult(BaseModel):
     evaluation: ArtifactRef
 
 
-@flow(name="train-judge", log_prints=False)
+@flow(name="train-judge", flow_run_name="judge", log_prints=False)
 def train_judge(config: JudgeConfig, store: ArtifactRef) -> JudgeResult:
     """Train and evaluate the judge; each stage starts from the one before."""
     rules = load_rules(config.prompt.rules).version

@@ -31,7 +31,7 @@ class PipelineResult:
         return self.release.registered
 
 
-@flow(name="relearn", log_prints=False)
+@flow(name="relearn", flow_run_name="{config.name}", log_prints=False)
 def run_pipeline(config: PipelineConfig) -> PipelineResult:
     """From raw store files to two registered models, an index, an evaluation and a decision."""
     with pipeline(f"relearn {config.name}", experiment=config.name) as current:

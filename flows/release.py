@@ -48,7 +48,7 @@ class ReleaseResult:
     """How they became champions; None when they did not."""
 
 
-@flow(name="release", log_prints=False)
+@flow(name="release", flow_run_name="release", log_prints=False)
 def release(
     name: str, judge: JudgeResult, retriever: EmbedderResult, gate: GateConfig | None = None
 ) -> ReleaseResult:
@@ -82,7 +82,7 @@ def _artifacts(name: str) -> ArtifactStore:
 
 
 def _task(function: Any, name: str) -> Any:
-    return task(name=name, persist_result=False)(function)
+    return task(name=name, task_run_name=name, persist_result=False)(function)
 
 
 def _action(verdict: Verdict) -> tuple[Action | None, str]:

@@ -39,8 +39,6 @@ def link_to_mlflow(current: Settings, experiment_id: str, run_id: str, name: str
         return
     link = mlflow_link(current.mlflow_pages, experiment_id, run_id)
     try:
-        create_link_artifact(
-            link=link, link_text=f"{name} in MLflow", key=KEY, description=f"[{name}]({link})"
-        )
+        create_link_artifact(link=link, link_text=f"{name} in MLflow", key=KEY, description=name)
     except Exception as error:
         logger.warning("Prefect does not show the link to MLflow: %s", error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,8 @@ DEPLOYMENTS = REPOSITORY / "infra" / "prefect.yaml"
 PREFECT, MLFLOW, WORKER = "prefect", "mlflow", "worker"
 RUNNING = "running"
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
-START_TIMEOUT_S = 240.0
-"""A server starts in 5 to 11 s on calm cores; a machine that is training takes far longer."""
+START_TIMEOUT_S = 480.0
+"""A server starts in 5 to 11 s on calm cores; minutes where all cores train."""
 HEALTH_TIMEOUT_S = 5.0
 WORKER_QUERY_S = "5"
 """Seconds between two looks of the worker for runs that are due."""
@@ -169,9 +169,8 @@ def up(
 
 
 def down(current: Settings, say: Say, grace_s: float = processes.GRACE_S) -> int:
-    """Stop worker and flow runs, then the servers, and nothing else; returns how many processes.
-
-    The order lets a flow run that is ended tell the server so.
+    """Stop flow runs, then the worker, then the servers, and nothing else; returns how many
+    processes. In this order a flow run that is ended can still tell the server so.
 
     Raises:
         ServiceError: a process that survives SIGKILL.
@@ -182,26 +181,29 @@ def down(current: Settings, say: Say, grace_s: float = processes.GRACE_S) -> int
         for record in records.values():
             if not processes.alive(record):
                 say(f"{record.name} (pid {record.pid}) had already ended")
-        found = processes.marked(current.home)
-        runs = _not_servers(found, records)
-        for group in (runs, [p for p in found if p not in runs]):
-            processes.stop(group, grace_s)
-        # what a worker began while it was being stopped
-        late = processes.marked(current.home)
-        processes.stop(late, grace_s)
+        stopped: set[int] = set()
+        servers = (PREFECT, MLFLOW)
+        # twice without the servers: a worker that is stopped may just have begun another run
+        for kept in ((*servers, WORKER), servers, servers, ()):
+            found = _outside(processes.marked(current.home), records, kept)
+            processes.stop(found, grace_s)
+            stopped |= {p.pid for p in found}
         state.write([])
-        return len({*found, *late})
+        return len(stopped)
 
 
-def _not_servers(found: list[Any], records: Mapping[str, Record]) -> list[Any]:
-    """Those of `found` outside the servers' sessions: worker and flow runs."""
-    servers = [
+def _outside(
+    found: Iterable[Any], records: Mapping[str, Record], names: Iterable[str]
+) -> list[Any]:
+    """Those of `found` that are in no session of the services `names`."""
+    found = list(found)
+    inside = [
         process
-        for name in (PREFECT, MLFLOW)
+        for name in names
         if name in records
         for process in processes.in_session(found, records[name])
     ]
-    return [p for p in found if p not in servers]
+    return [p for p in found if p not in inside]
 
 
 def status(current: Settings) -> list[Status]:
@@ -360,6 +362,6 @@ def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
     ensure_pool(url)
     for line in deploy(DEPLOYMENTS, env, launch.home):
         say(f"Deployment: {line}")
-    if not _not_servers(processes.marked(launch.home), launch.records):
+    if not _outside(processes.marked(launch.home), launch.records, (PREFECT, MLFLOW)):
         for line in settle_runs(url):
             say(line)

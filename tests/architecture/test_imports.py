@@ -44,7 +44,9 @@ def test_models_run_where_no_orchestrator_is_installed() -> None:
     assert run(code) == "ok"
 
 
-@pytest.mark.parametrize("module", ["flows.pipeline", "flows.recipes", "flows.cli"])
+@pytest.mark.parametrize(
+    "module", ["flows.pipeline", "flows.recipes", "flows.cli", "flows.scheduled"]
+)
 def test_flows_load_no_heavy_library(module: str) -> None:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} does not exist yet")

@@ -22,7 +22,9 @@ from tests.flows.conftest import SMALLER, Chain, at_home
 from tests.releases import artifacts, make_release
 
 STORE = ("--store", "synthetic-smoke")
-COMMANDS = "run judge score search refresh evaluate lineage promote rollback versions".split()
+COMMANDS = (
+    "run judge score search refresh evaluate lineage promote rollback versions up down status"
+).split()
 
 
 class Done:

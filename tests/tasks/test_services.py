@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,24 @@ class Answer(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 """
 SLEEPER = "import time; time.sleep(120)"
+RUN = """
+import os, signal, sys, time, urllib.request
+def end(*_):
+    code = urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).status
+    os.kill(int(sys.argv[2]), 0)
+    open(sys.argv[3], "w").write(f"told the server: {code}")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("began", flush=True)
+time.sleep(120)
+"""
+"""A flow run: ended, it tells the server, and needs the worker for it."""
+WORKS = """
+import os, subprocess, sys, time
+run = [sys.executable, "-c", sys.argv[1], sys.argv[2], str(os.getpid()), sys.argv[3]]
+subprocess.Popen(run, start_new_session=True)
+time.sleep(120)
+"""
 DIES = "import sys; print('no such table: flow_run'); sys.exit(1)"
 
 
@@ -171,6 +190,24 @@ def test_down_finds_what_a_lost_state_file_named(stage: Stage) -> None:
     stage.up()
     stage.file.write_text("{")
     assert stage.down() == 3
+    assert processes.marked(stage.current.home) == []
+
+
+def test_down_ends_flow_runs_while_server_and_worker_can_still_be_told(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    command = (sys.executable, "-c", WORKS, RUN, str(stage.ports[0]), str(told))
+    worker = Service(WORKER, WORKER, command, os.environ)
+    monkeypatch.setattr(services, "worker_service", lambda *_: worker)
+    stage.up()
+    log = stage.current.home / "logs" / "worker.log"
+    deadline = time.monotonic() + 30
+    while "began" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert stage.down() == 4
+    assert told.read_text() == "told the server: 200"
     assert processes.marked(stage.current.home) == []
 
 

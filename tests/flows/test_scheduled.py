@@ -1,0 +1,84 @@
+"""The deployed flows on a home with one finished run: what they reuse, make and refuse."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flows.scheduled import Chain, evaluate_champion, retrain, retrain_embedder, retrain_judge
+from models.errors import ArtifactError, ConfigError
+from tasks.links import KEY
+from tests.flows.conftest import SMALLER, at_home
+from tests.flows.conftest import Chain as Finished
+
+CHAIN = Chain(recipe="smoke", changes=SMALLER)
+
+
+def test_retrain_is_the_chain_of_the_command_line(chain: Finished) -> None:
+    with at_home(chain.home):
+        rows = retrain(CHAIN)
+    assert [r["artifact"] for r in rows] == [r["artifact"] for r in chain.results[0].registered]
+
+
+def test_judge_and_embedder_are_registered_apart(chain: Finished) -> None:
+    before = {r["model"]: r["artifact"] for r in chain.results[0].registered}
+    with at_home(chain.home):
+        judge = retrain_judge(CHAIN)
+        retriever = retrain_embedder(CHAIN)
+    assert [r["model"] for r in judge] == ["synthetic-smoke-judge"]
+    assert [r["model"] for r in retriever] == ["synthetic-smoke-embedder", "synthetic-smoke-index"]
+    # the champion judge is the one of the first run, so nothing is made again
+    assert {r["model"]: r["artifact"] for r in judge + retriever} == before
+
+
+def test_champions_are_measured_and_nothing_is_registered(chain: Finished) -> None:
+    with at_home(chain.home):
+        tables = evaluate_champion(CHAIN)
+    overall = {name: [r for r in rows if r["segment"] == "all"] for name, rows in tables.items()}
+    assert [r["judge"] for r in overall["judge"]] == ["majority", "champion", "champion + CumPT"]
+    assert [r["run"] for r in overall["retrieval"]] == ["random", "bm25", "champion"]
+    assert overall["judge"][1]["n"] == 40
+    # the same judge on the same pairs as in the run that trained it
+    from tasks.evaluate import JUDGE_TABLE, read_table
+
+    trained = read_table(chain.artifacts.path(chain.results[0].judge.evaluation), JUDGE_TABLE)
+    cumpt = next(r for r in trained if r["judge"] == "+ GRPO + CumPT" and r["segment"] == "all")
+    assert overall["judge"][2]["macro_f1"] == pytest.approx(cumpt["macro_f1"])
+
+
+@pytest.mark.parametrize("flow", [retrain_embedder, evaluate_champion])
+def test_without_a_champion_the_first_step_is_named(
+    prefect_server: None, home: Path, flow: object
+) -> None:
+    with pytest.raises(ArtifactError, match=r"no champion of synthetic-judge.*retrain/retrain"):
+        flow(Chain())  # type: ignore[operator]
+
+
+def test_a_missing_data_folder_is_named_and_a_given_one_does_not_stay(
+    prefect_server: None, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"data /nowhere on this machine"):
+        retrain(Chain(store="tables", data="/nowhere"))
+    monkeypatch.setenv("RELEARN_DATA_DIR", "/before")
+    with pytest.raises(Exception, match=str(tmp_path)):
+        retrain(Chain(store="tables", data=str(tmp_path)))  # no tables in it
+    assert os.environ["RELEARN_DATA_DIR"] == "/before"
+
+
+def test_a_flow_run_links_to_its_mlflow_run(
+    chain: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    monkeypatch.setenv("RELEARN_MLFLOW_UI", "http://127.0.0.1:5999/")
+    with at_home(chain.home):
+        retrain_judge(CHAIN)
+    with get_client(sync_client=True) as client:
+        (link,) = [a for a in client.read_artifacts() if a.key == KEY and ":5999" in str(a.data)]
+        run = client.read_flow_run(link.flow_run_id)
+    newest = chain.artifacts.search("tags.`relearn.pipeline` != ''", limit=1)[0].info
+    address = f"http://127.0.0.1:5999/#/experiments/{newest.experiment_id}/runs/{newest.run_id}"
+    assert address in str(link.data)
+    assert client.read_flow(run.flow_id).name == "retrain-judge"

@@ -1,0 +1,129 @@
+"""`relearn up` for real: servers on loopback, deployments, scheduled runs, a run; nothing left.
+
+Run it with `make test-live`: starting two servers, a worker and a flow takes a minute or two.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tasks import processes
+from tasks.processes import MARK
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAMES = ["evaluate-champion", "retrain", "retrain-embedder", "retrain-judge"]
+WAIT_S = 240
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def relearn(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a person starts it."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments, "--home", str(home)],
+        env=env | {"PYTHONPATH": str(REPOSITORY)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A home whose processes are gone afterwards, whatever the test did."""
+    folder = tmp_path / "home"
+    yield folder
+    for process in ours(folder):
+        process.kill()
+
+
+def ours(home: Path) -> list[psutil.Process]:
+    """Running processes of the home, found without the code under test."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(home) and process.status() != "zombie":
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.mark.live
+def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    prefect, mlflow = free_port(), free_port()
+    ports = ("--port-prefect", str(prefect), "--port-mlflow", str(mlflow))
+    done = relearn(home, "up", *ports)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"http://127.0.0.1:{prefect}" in done.stdout
+
+    listening = [
+        c.laddr
+        for process in ours(home)
+        for c in process.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    ]
+    assert {prefect, mlflow} <= {a.port for a in listening}
+    assert {a.ip for a in listening} == {"127.0.0.1"}
+
+    with (
+        temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{prefect}/api"}),
+        get_client(sync_client=True) as client,
+    ):
+        found = {d.name: d for d in client.read_deployments()}
+        assert sorted(found) == NAMES
+        # with sqlalchemy 2.1 these silently never appear
+        scheduled = wait_for(lambda: scheduled_runs(client), lambda rows: len(rows) == len(NAMES))
+        assert sorted(scheduled) == NAMES
+        # through the worker: a process of its own imports the flow, and says what is missing
+        run = client.create_flow_run_from_deployment(found["evaluate-champion"].id)
+        state = wait_for(lambda: client.read_flow_run(run.id).state, lambda s: s.is_final())
+        assert state.is_failed() and "no champion of synthetic-judge" in state.message, state
+        assert client.read_flow_run(run.id).name == "synthetic small"
+
+    again = relearn(home, "up")
+    assert again.returncode == 0 and again.stdout.count("already running") == 3
+
+    stopped = relearn(home, "down")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert ours(home) == [] and not (home / "services.json").exists()
+    for port in (prefect, mlflow):
+        processes.refuse_taken_port(port, "the test", "--port")
+    shown = relearn(home, "status")
+    assert shown.returncode == 1 and shown.stdout.count("not started") == 3
+
+
+def scheduled_runs(client: Any) -> set[str]:
+    """Names of the deployments with a run that the server scheduled by itself."""
+    names = {d.id: d.name for d in client.read_deployments()}
+    rows = client.read_flow_runs()
+    return {names[r.deployment_id] for r in rows if r.auto_scheduled and r.state.is_scheduled()}
+
+
+def wait_for(read: Any, good: Any) -> Any:
+    """The first reading that is good."""
+    deadline = time.monotonic() + WAIT_S
+    while not good(value := read()):
+        assert time.monotonic() < deadline, value
+        time.sleep(0.5)
+    return value
