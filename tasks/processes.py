@@ -158,6 +158,19 @@ def in_session(processes: Iterable[Any], record: Record) -> list[Any]:
     return found
 
 
+def family(processes: Iterable[Any], record: Record) -> list[Any]:
+    """Those in the recorded process's session, and its descendants wherever they went."""
+    import psutil
+
+    processes = list(processes)
+    found = in_session(processes, record)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if process not in found and record.pid in {p.pid for p in process.parents()}:
+                found.append(process)
+    return found
+
+
 def stop(processes: Sequence[Any], grace_s: float = GRACE_S) -> None:
     """SIGTERM to their process groups, SIGKILL to what is left after `grace_s`.
 

@@ -122,9 +122,18 @@ def _module(name: str) -> tuple[str, ...]:
 
 def _environment(current: Settings, prefect_port: int, mlflow_port: int) -> dict[str, str]:
     """The caller's environment, which `prepare_environment` has completed, and the addresses."""
-    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
+    # made absolute here: a flow run has a working folder of its own
+    folders = {
         "RELEARN_HOME": str(current.home),
+        "RELEARN_WEIGHTS": str(current.weights_dir),
+        "RELEARN_ARTIFACT_ROOT": current.artifact_uri,
+    }
+    if current.data_dir is not None:
+        folders["RELEARN_DATA_DIR"] = str(current.data_dir)
+    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        **folders,
         "RELEARN_MLFLOW_UI": f"http://{LOOPBACK}:{mlflow_port}",
         "PREFECT_API_URL": f"http://{LOOPBACK}:{prefect_port}/api",
         "PYTHONPATH": os.pathsep.join(path),
@@ -234,7 +243,7 @@ def use_running_servers(current: Settings) -> None:
     Two Prefect servers on one sqlite file would lock each other out.
     """
     records = {n: r for n, r in _state_file(current).read().items() if processes.alive(r)}
-    if PREFECT in records:
+    if PREFECT in records and current.prefect_api_url is None:
         os.environ.setdefault("PREFECT_API_URL", f"{url_of(records[PREFECT])}/api")
     if MLFLOW in records:
         os.environ.setdefault("RELEARN_MLFLOW_UI", url_of(records[MLFLOW]))
@@ -305,7 +314,7 @@ class _Launch:
         """Stop what this call started."""
         found = processes.marked(self.home)
         mine = [self.records.pop(name) for name in self.started]
-        processes.stop([p for r in mine for p in processes.in_session(found, r)])
+        processes.stop([p for r in mine for p in processes.family(found, r)])
         self.file.write(self.records.values())
 
 

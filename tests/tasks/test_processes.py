@@ -62,6 +62,7 @@ def test_stop_ends_a_process_and_its_child_in_another_session(home: Path) -> Non
     assert len(everything(home)) == 2
     assert os.getsid(record.pid) == record.pid != os.getsid(0)
     assert len(processes.in_session(everything(home), record)) == 1
+    assert len(processes.family(everything(home), record)) == 2
     processes.stop(processes.marked(home))
     assert everything(home) == [] and not processes.alive(record)
 

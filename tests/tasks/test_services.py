@@ -16,7 +16,7 @@ import pytest
 from models.errors import ConfigError, ServiceError
 from tasks import processes, services
 from tasks.services import MLFLOW, PREFECT, WORKER, Service
-from tasks.settings import Settings
+from tasks.settings import Settings, settings
 
 SERVER = """
 import sys
@@ -271,6 +271,10 @@ def test_other_commands_use_the_running_servers(
     services.use_running_servers(stage.current)
     assert os.environ["PREFECT_API_URL"] == f"http://127.0.0.1:{stage.ports[0]}/api"
     assert os.environ["RELEARN_MLFLOW_UI"] == f"http://127.0.0.1:{stage.ports[1]}"
+    monkeypatch.delenv("PREFECT_API_URL")
+    elsewhere = stage.current.model_copy(update={"prefect_api_url": "http://elsewhere/api"})
+    services.use_running_servers(elsewhere)
+    assert "PREFECT_API_URL" not in os.environ
     monkeypatch.setenv("PREFECT_API_URL", "http://mine/api")
     services.use_running_servers(stage.current)
     assert os.environ["PREFECT_API_URL"] == "http://mine/api"
@@ -283,3 +287,22 @@ def test_no_secret_is_in_a_command_line_and_every_server_is_on_loopback(tmp_path
         words = " ".join(service.command)
         assert "hunter2" not in words and "--host 127.0.0.1" in words
     assert services.server_services(current, 1, 2)[1].env["MLFLOW_BACKEND_STORE_URI"] == uri
+
+
+def test_relative_folders_reach_the_worker_absolute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("HOME", "h"), ("WEIGHTS", "w"), ("DATA_DIR", "d"), ("ARTIFACT_ROOT", "a")):
+        monkeypatch.setenv(f"RELEARN_{name}", value)
+    here, artifacts = settings(), settings().artifact_uri
+    env = services.worker_service(here, 1, 2, 1).env
+    monkeypatch.chdir("/")
+    for name, value in env.items():
+        if name.startswith("RELEARN_"):
+            monkeypatch.setenv(name, value)
+    there = settings()
+    for field in ("home", "weights_dir", "data_dir"):
+        assert getattr(there, field) == getattr(here, field)
+    assert there.artifact_uri == artifacts == f"file://{tmp_path}/a"
+    assert str(there.data_dir) == f"{tmp_path}/d" and there.mlflow_pages == "http://127.0.0.1:2"
