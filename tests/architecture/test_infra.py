@@ -105,9 +105,16 @@ def test_services_wait_only_for_services_that_can_get_there() -> None:
                 assert services[name]["restart"] == "on-failure"
 
 
-def test_every_placeholder_of_the_job_template_is_a_variable() -> None:
+def test_a_server_takes_the_kubernetes_job_template() -> None:
+    """By the server's own validator; and every variable is used."""
+    from prefect.server.schemas.actions import WorkPoolCreate
+
     template = json.loads((INFRA / "k8s" / "base-job-template.json").read_text())
+    WorkPoolCreate(name="k8s", type="kubernetes", base_job_template=template)
     used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
     assert used == set(template["variables"]["properties"])
-    container = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
-    assert container["containers"][0]["args"] == "{{ command }}"
+    pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["args"] == "{{ command }}"
+    template["job_configuration"]["name"] = "{{ nowhere }}"
+    with pytest.raises(ValueError, match="nowhere"):
+        WorkPoolCreate(name="k8s", type="kubernetes", base_job_template=template)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 from models.errors import ConfigError
 from tasks import deployments
 from tasks.deployments import POOL
-
-INFRA = Path(__file__).resolve().parents[2] / "infra"
 
 
 @pytest.fixture
@@ -135,19 +132,6 @@ def test_an_existing_pool_stays_as_people_set_it(url: str, client: Any, deployme
     deployments.ensure_pool(url)
     pool = client.read_work_pool(POOL)
     assert (pool.concurrency_limit, pool.type) == (3, "process")
-
-
-def test_the_server_takes_the_kubernetes_job_template(url: str, client: Any) -> None:
-    from prefect.client.schemas.actions import WorkPoolCreate
-
-    template = json.loads((INFRA / "k8s" / "base-job-template.json").read_text())
-    pool = WorkPoolCreate(name="k8s", type="kubernetes", base_job_template=template)
-    client.create_work_pool(pool)
-    assert client.read_work_pool("k8s").base_job_template == template
-    template["job_configuration"]["name"] = "{{ nowhere }}"
-    bad = WorkPoolCreate(name="k8s-2", type="kubernetes", base_job_template=template)
-    with pytest.raises(Exception, match="nowhere"):
-        client.create_work_pool(bad)
 
 
 def test_without_a_checkout_deploy_says_what_to_do(tmp_path: Path) -> None:
