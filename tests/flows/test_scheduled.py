@@ -77,8 +77,8 @@ def test_a_flow_run_links_to_its_mlflow_run(
         retrain_judge(CHAIN)
     with get_client(sync_client=True) as client:
         (link,) = [a for a in client.read_artifacts() if a.key == KEY and ":5999" in str(a.data)]
-        run = client.read_flow_run(link.flow_run_id)
+        flow_id = client.read_flow_run(link.flow_run_id).flow_id
+        assert client.read_flow(flow_id).name == "retrain-judge"
     newest = chain.artifacts.search("tags.`relearn.pipeline` != ''", limit=1)[0].info
     address = f"http://127.0.0.1:5999/#/experiments/{newest.experiment_id}/runs/{newest.run_id}"
     assert address in str(link.data)
-    assert client.read_flow(run.flow_id).name == "retrain-judge"
