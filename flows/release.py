@@ -50,17 +50,26 @@ class ReleaseResult:
 
 @flow(name="release", flow_run_name="release", log_prints=False)
 def release(
-    name: str, judge: JudgeResult, retriever: EmbedderResult, gate: GateConfig | None = None
+    name: str,
+    judge: JudgeResult | None = None,
+    retriever: EmbedderResult | None = None,
+    gate: GateConfig | None = None,
 ) -> ReleaseResult:
     """Register candidates, compare them with the champions, and promote a clear win.
+
+    A judge alone or a retriever alone is completed by the champion's other parts.
 
     A borderline candidate waits for a person in the Prefect UI where `Settings.wait_for_approval`
     is on and there is a server with a UI; elsewhere it is held, and `relearn promote` decides.
     """
     config = gate or GateConfig()
     artifacts = _artifacts(name)
-    refs = {"judge": judge.judge, "embedder": retriever.embedder, "index": retriever.index}
-    evaluations = {"judge": judge.evaluation, "retrieval": retriever.evaluation}
+    refs, evaluations = {}, {}
+    if judge is not None:
+        refs["judge"], evaluations["judge"] = judge.judge, judge.evaluation
+    if retriever is not None:
+        refs |= {"embedder": retriever.embedder, "index": retriever.index}
+        evaluations["retrieval"] = retriever.evaluation
     finish_pending(name, artifacts=artifacts)
     candidate = _task(register_candidates, "register")(name, refs, evaluations, artifacts=artifacts)
     verdict = compare(name, candidate, config, artifacts=artifacts, call=Stage.__call__)

@@ -1,7 +1,7 @@
 """The flows that infra/prefect.yaml deploys: what a schedule can start, from values alone.
 
-Consumes a `Chain` (a form in Prefect's pages) -> produces registered candidates, or a measurement.
-Artifacts that a flow needs and does not make are looked up in the registry: the champions.
+Consumes a `Chain` (a form in Prefect's pages) -> produces a release that the gate decides on, or a
+measurement. Artifacts that a flow needs and does not make are the champions of the registry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flows.embedder import train_embedder
 from flows.judge import train_judge
 from flows.pipeline import run_pipeline
 from flows.recipes import PipelineConfig, recipe
-from flows.release import release
+from flows.release import ReleaseResult, release
 from models.errors import ArtifactError, ConfigError, explain
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.embedder import index_catalogue
@@ -65,29 +65,33 @@ class Chain(BaseModel):
 
 
 @flow(name="retrain", flow_run_name=RUN_NAME)
-def retrain(chain: Chain) -> list[dict[str, Any]]:
-    """Data, judge, retriever, index, evaluation, registration: the whole chain."""
+def retrain(chain: Chain) -> ReleaseResult:
+    """Data, judge, retriever, index, evaluation, registration, gate: the whole chain."""
     with _data_folder(chain):
-        return run_pipeline(chain.config).registered
+        return run_pipeline(chain.config).release
 
 
 @flow(name="retrain-judge", flow_run_name=RUN_NAME)
-def retrain_judge(chain: Chain) -> list[dict[str, Any]]:
-    """CoT SFT, pass@N, DPO, GRPO, CumPT on today's data; the judge becomes a candidate."""
+def retrain_judge(chain: Chain) -> ReleaseResult:
+    """CoT SFT, pass@N, DPO, GRPO, CumPT on today's data; released with the champion's retriever."""
     config = chain.config
+    for role in ("embedder", "index"):
+        _champion(config.name, role)  # before the training, not after
     with _data_folder(chain), pipeline(f"retrain-judge {config.name}", config.name):
         store = prepare_data(config.data)
-        return release(config.name, judge=train_judge(config.judge, store))
+        made = train_judge(config.judge, store)
+        return release(config.name, judge=made, gate=config.gate)
 
 
 @flow(name="retrain-embedder", flow_run_name=RUN_NAME)
-def retrain_embedder(chain: Chain) -> list[dict[str, Any]]:
+def retrain_embedder(chain: Chain) -> ReleaseResult:
     """Contrastive SFT and Retrieval-GRPO on today's data, with the champion judge as the reward."""
     config = chain.config
     judge = _champion(config.name, "judge")
     with _data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
         store = prepare_data(config.data)
-        return release(config.name, retriever=train_embedder(config.embedder, store, judge))
+        made = train_embedder(config.embedder, store, judge)
+        return release(config.name, retriever=made, gate=config.gate)
 
 
 @flow(name="evaluate-champion", flow_run_name=RUN_NAME)

@@ -71,7 +71,7 @@ def compare(
 ) -> Verdict:
     """Decide about `candidate` against the champion as it is now."""
     champion = release_of(store_name, CHAMPION, artifacts=artifacts)
-    ours = contender(store_name, candidate, artifacts=artifacts)
+    ours = contender(store_name, candidate, champion, artifacts=artifacts)
     theirs = None
     if champion is not None:
         theirs = contender(store_name, champion, artifacts=artifacts)
@@ -80,8 +80,17 @@ def compare(
     return Verdict(candidate, champion, decide(ours, theirs, config))
 
 
-def contender(store_name: str, release: Release, *, artifacts: ArtifactStore) -> Contender:
-    """What is known of a release: its own evaluations, its index's recall, its lineage."""
+def contender(
+    store_name: str,
+    release: Release,
+    champion: Release | None = None,
+    *,
+    artifacts: ArtifactStore,
+) -> Contender:
+    """What is known of a release: its own evaluations, its index's recall, its lineage.
+
+    champion: an embedder that is champion already may stay with a judge that did not teach it.
+    """
     parts = release.parts
     taught = withdrawn_teacher(store_name, parts["embedder"], artifacts=artifacts)
     withdrawn = withdrawn_parts(release)
@@ -91,19 +100,24 @@ def contender(store_name: str, release: Release, *, artifacts: ArtifactStore) ->
         labels={role: part.ref.label for role, part in parts.items()},
         outcomes=_outcomes(release, artifacts),
         index_recall=parts["index"].metrics.get(INDEX_RECALL),
-        broken_lineage=_broken_lineage(release),
+        broken_lineage=_broken_lineage(release, champion),
         withdrawn=withdrawn,
     )
 
 
-def _broken_lineage(release: Release) -> str:
+def _broken_lineage(release: Release, champion: Release | None) -> str:
     judge, embedder, index = (release.parts[role].ref for role in ("judge", "embedder", "index"))
     broken = []
-    if judge.label not in embedder.parents:
+    stays = champion is not None and _same(release, champion, "embedder")
+    if judge.label not in embedder.parents and not stays:
         broken.append(f"{embedder.label} was not taught by {judge.label}")
     if embedder.label not in index.parents:
         broken.append(f"{index.label} was not built with {embedder.label}")
     return "; ".join(broken)
+
+
+def _same(one: Release, other: Release, role: str) -> bool:
+    return one.parts[role].ref.fingerprint == other.parts[role].ref.fingerprint
 
 
 def _outcomes(release: Release, artifacts: ArtifactStore) -> dict[str, Outcomes]:
@@ -200,7 +214,8 @@ def _recipe(ref: ArtifactRef, artifacts: ArtifactStore) -> tuple[dict[str, Any],
 def record(
     store_name: str, verdict: Verdict, config: GateConfig, *, artifacts: ArtifactStore
 ) -> str:
-    """Keep the decision: an MLflow run with its JSON and report, tags on the three versions.
+    """Keep the decision: an MLflow run with its JSON and report, tags on the versions that are not
+    champion already.
 
     Returns:
         the run's id; "" for a candidate that is the champion, whose own decision stays.
@@ -228,7 +243,9 @@ def record(
     client.log_text(run_id, decision.as_markdown(), REPORT)
     client.set_terminated(run_id, "FINISHED")
     said = f"{decision.outcome} {time.strftime('%Y-%m-%d %H:%M')}: {decision.summary}"[:1000]
-    for part in candidate.parts.values():
+    for role, part in candidate.parts.items():
+        if champion is not None and _same(candidate, champion, role):
+            continue
         client.set_model_version_tag(part.name, part.version, DECISION, said)
         client.set_model_version_tag(part.name, part.version, DECISION_RUN, run_id)
     return run_id
@@ -239,8 +256,13 @@ def _named(release: Release) -> dict[str, str]:
 
 
 def config_of(candidate: Release, *, artifacts: ArtifactStore) -> GateConfig:
-    """The gate's settings of the candidate's own run; the defaults where there was none."""
-    run_id = candidate.parts["index"].tags.get(DECISION_RUN, "")
-    if not run_id:
+    """The gate's settings of the candidate's own run; the defaults where there was none.
+
+    A part that is the champion's names the decision about the champion: the newest one counts.
+    """
+    found = {part.tags.get(DECISION_RUN, "") for part in candidate.parts.values()} - {""}
+    if not found:
         return GateConfig()
-    return GateConfig.model_validate_json(artifacts.client.get_run(run_id).data.tags[CONFIG])
+    runs = [artifacts.client.get_run(run_id) for run_id in found]
+    newest = max(runs, key=lambda run: int(run.info.start_time))
+    return GateConfig.model_validate_json(newest.data.tags[CONFIG])

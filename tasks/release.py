@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 ROLES = ("judge", "embedder", "index")
+TABLE_OF = {"judge": JUDGE_TABLE, "retrieval": RETRIEVAL_TABLE}
 MOVE = f"{TAG}move"
 """Tag of a move's run: the store's name."""
 WITHDRAWN = "withdrawn"
@@ -94,7 +95,8 @@ class Release:
 
     @property
     def version(self) -> str:
-        """The index's number: an index has one embedder, and that one judge."""
+        """The index's number: an index has one embedder. Where a judge was released alone, the
+        sets before and after share it."""
         return self.parts["index"].version
 
     @property
@@ -132,23 +134,54 @@ def register_candidates(
     *,
     artifacts: ArtifactStore,
 ) -> Release:
-    """Make every ref a version with alias `candidate`; who becomes champion is for the gate."""
-    judge = read_table(artifacts.path(evaluations["judge"]), JUDGE_TABLE)
-    retrieval = read_table(artifacts.path(evaluations["retrieval"]), RETRIEVAL_TABLE)
-    metrics = {
-        "judge": _numbers([r for r in judge if r["segment"] == "all"][-1]),
-        "embedder": _numbers([r for r in retrieval if r["segment"] == "all"][-1]),
+    """Make every ref a version with alias `candidate`; who becomes champion is for the gate.
+
+    refs: {role: artifact}. What was not made is the champion's: its versions, which name their
+    evaluations, get the alias `candidate` as well.
+    evaluations: `judge` of the role judge, `retrieval` of embedder and index.
+
+    Raises:
+        ArtifactError: a part was not made and there is no champion to take it from.
+    """
+    kept: Mapping[str, Registered] = {}
+    if missing := [role for role in ROLES if role not in refs]:
+        kept = _champion_parts(store_name, missing, artifacts)
+    numbers = {
+        kind: _numbers(_overall(read_table(artifacts.path(ref), TABLE_OF[kind])))
+        for kind, ref in evaluations.items()
     }
-    metrics["index"] = metrics["embedder"] | _index_recall(refs["index"], artifacts)
     tags = {f"evaluation_{k}": ref.label for k, ref in evaluations.items()}
     parts = {}
     for role in ROLES:
         name = model_name(store_name, role)
-        version = registry.register(name, refs[role], metrics[role], tags, store=artifacts)
+        if role in refs:
+            metrics = numbers["judge" if role == "judge" else "retrieval"]
+            if role == "index":
+                metrics = metrics | _index_recall(refs[role], artifacts)
+            version = registry.register(name, refs[role], metrics, tags, store=artifacts)
+        else:
+            version = kept[role].version
+            registry.set_alias(name, CANDIDATE, version, store=artifacts)
         made = registry.get(name, version, store=artifacts)
         assert made is not None, "it was registered above"
         parts[role] = made
     return Release(parts)
+
+
+def _champion_parts(
+    store_name: str, missing: Sequence[str], artifacts: ArtifactStore
+) -> Mapping[str, Registered]:
+    found = release_of(store_name, CHAMPION, artifacts=artifacts)
+    if found is None:
+        got = f"no {' and '.join(missing)}, and no champion of {store_name} to take it from"
+        do = "run the whole chain once: relearn run --store ..."
+        raise ArtifactError(explain(got, "champions", do))
+    return found.parts
+
+
+def _overall(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last row over all units: the finished model's."""
+    return [r for r in rows if r["segment"] == "all"][-1]
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -235,8 +268,8 @@ def rollback(
     Its index is served as it was when it was left: with the refreshes it had, without later ones.
     Where that version is no longer kept, it is the artifact, without any (`tasks.publish.serve`).
 
-    to: number of an index that was champion; None: the champion promoted before this one that was
-    not withdrawn.
+    to: number of an index that was champion (the last set with it, apart from the champion); None:
+    the champion promoted before this one that was not withdrawn.
 
     Raises:
         ArtifactError: no champion, no earlier one, or files that are gone.

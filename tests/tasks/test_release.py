@@ -18,6 +18,7 @@ from tasks import gate, registry, release
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.evaluate import evaluate_judge, evaluate_retrieval
 from tasks.gate import compare, config_of, contender, record
+from tasks.lineage import find_artifact
 from tasks.release import (
     Action,
     Moved,
@@ -25,6 +26,7 @@ from tasks.release import (
     finish_pending,
     history,
     promote,
+    register_candidates,
     release_of,
     release_with,
     rollback,
@@ -165,6 +167,61 @@ def test_of_two_at_once_only_one_promotes(
     assert done == {"one": Moved.DONE, "two": Moved.OVERTAKEN}
     assert champion_labels() == labels(one)
     assert [m.reason for m in history(STORE, artifacts=artifacts())] == ["why", "one"]
+
+
+# a judge or a retriever alone
+
+
+def evaluation_of(part: registry.Registered, what: str) -> ArtifactRef:
+    """The evaluation that a version names."""
+    return find_artifact(part.tags[f"evaluation_{what}"], store=artifacts())
+
+
+def test_a_judge_alone_is_released_with_the_champions_retriever(sets: list[Release]) -> None:
+    record(STORE, verdict_of(sets[0]), GateConfig(seed=5), artifacts=artifacts())
+    crown(sets[0], Action.FIRST)
+    made = sets[1].parts["judge"]
+    evaluations = {"judge": evaluation_of(made, "judge")}
+    candidate = register_candidates(STORE, {"judge": made.ref}, evaluations, artifacts=artifacts())
+    assert labels(candidate) == {**labels(sets[0]), "judge": made.ref.label}
+    again = release_of(STORE, "candidate", artifacts=artifacts())
+    assert again is not None and labels(again) == labels(candidate)
+    verdict = verdict_of(candidate)
+    assert verdict.decision.outcome is Outcome.PROMOTE, verdict.decision.summary
+    record(STORE, verdict, CONFIG, artifacts=artifacts())
+    again = release_of(STORE, "candidate", artifacts=artifacts())
+    assert again is not None and config_of(again, artifacts=artifacts()) == CONFIG
+    assert again.parts["index"].tags["decision"].startswith("promote ")
+    assert "first release" in again.parts["index"].tags["decision"], "the champion's own stays"
+    crown(candidate)
+    assert champion_labels() == labels(candidate)
+    rollback(STORE, artifacts=artifacts())
+    assert champion_labels() == labels(sets[0])
+    rows = {(r["role"], r["version"]): r for r in version_rows(STORE, artifacts=artifacts())}
+    assert rows["judge", "2"]["flag"].startswith("withdrawn") and rows["index", "1"]["flag"] == ""
+
+
+def test_a_retriever_alone_is_released_with_the_champion_judge(sets: list[Release]) -> None:
+    crown(sets[1], Action.FIRST)
+    made = sets[3].parts
+    refs = {role: made[role].ref for role in ("embedder", "index")}
+    evaluations = {"retrieval": evaluation_of(made["embedder"], "retrieval")}
+    candidate = register_candidates(STORE, refs, evaluations, artifacts=artifacts())
+    assert labels(candidate) == labels(sets[3])
+    assert verdict_of(candidate).decision.outcome is Outcome.PROMOTE
+    # taught by a judge that is not champion any more
+    crown(sets[0])
+    late = register_candidates(STORE, refs, evaluations, artifacts=artifacts())
+    assert labels(late)["judge"] == labels(sets[0])["judge"]
+    found = verdict_of(late).decision
+    assert found.outcome is Outcome.HOLD and "was not taught by" in found.summary
+
+
+def test_a_judge_alone_needs_a_champion(sets: list[Release]) -> None:
+    made = sets[1].parts["judge"]
+    evaluations = {"judge": evaluation_of(made, "judge")}
+    with pytest.raises(ArtifactError, match=r"no embedder and index, .*run the whole chain once"):
+        register_candidates(STORE, {"judge": made.ref}, evaluations, artifacts=artifacts())
 
 
 # crashes
