@@ -109,7 +109,8 @@ def small(store: str = "synthetic") -> PipelineConfig:
     Labels that people gave are noisier than generated ones: other stores probe twice the pairs.
     """
     top = OptimiserConfig(lr=2.5e-4, train_layers=10, checkpoint_every=25)
-    gentle = top.model_copy(update={"lr": 2e-5, "schedule": "constant_with_warmup"})
+    # ten steps at 2e-5 moved the features away from under the grade rows (infra/LOG.md)
+    gentle = top.model_copy(update={"lr": 5e-6, "schedule": "constant_with_warmup"})
     return PipelineConfig(
         name=store,
         data=DataConfig(source=_source(store)),
@@ -128,7 +129,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
             pass_at_n=PassAtNConfig(prompts=32, samples=4, max_new_tokens=56),
             dpo=DpoConfig(optimiser=gentle, micro_batch=6, accumulate=1),
             grpo=GrpoConfig(
-                optimiser=gentle,
+                optimiser=gentle.model_copy(update={"lr": 3e-6}),
                 pool=PoolConfig(candidates=72, size=36),
                 steps=3,
                 prompts_per_step=4,
