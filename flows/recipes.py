@@ -10,7 +10,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
 from models.errors import ConfigError, explain
@@ -67,6 +74,13 @@ class JudgeConfig(_Config):
     grpo: GrpoConfig = GrpoConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     answers: AnswersConfig = AnswersConfig()
+
+    @model_validator(mode="after")
+    def _grade_comes_first(self) -> JudgeConfig:
+        thinks_first = self.prompt.order == "think_then_respond"
+        if thinks_first and (self.sft.cot_share < 1 or self.sft.probe is not None):
+            raise ValueError("think_then_respond needs sft.cot_share=1 and sft.probe=null")
+        return self
 
 
 class EmbedderConfig(_Config):
@@ -171,7 +185,13 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
         judge=JudgeConfig(
             base="tiny",
             prompt=_prompt(store),
-            sft=SftConfig(optimiser=fast, max_pairs=400, epochs=4, grade_share=None),
+            sft=SftConfig(
+                optimiser=fast,
+                max_pairs=400,
+                epochs=4,
+                grade_share=None,
+                probe=ProbeConfig(max_pairs=64),
+            ),
             pass_at_n=PassAtNConfig(prompts=24, samples=4, max_new_tokens=96),
             dpo=DpoConfig(optimiser=gentle),
             grpo=GrpoConfig(

@@ -31,7 +31,7 @@ class RewardsConfig(BaseModel):
     """good: P4 + P3; expected: (E[grade] - 1) / 3."""
 
 
-@stage(name="embedder_sft", kind="embedder", code_version="1")
+@stage(name="embedder_sft", kind="embedder", code_version="2")
 def embedder_sft(
     ctx: StageContext, config: ContrastiveConfig, base: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -78,7 +78,7 @@ def index_catalogue(
     return facts.numbers()
 
 
-@stage(name="embedder_rgrpo", kind="embedder", code_version="1")
+@stage(name="embedder_rgrpo", kind="embedder", code_version="2")
 def embedder_rgrpo(
     ctx: StageContext,
     config: RetrievalGRPOConfig,

@@ -46,7 +46,7 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="2")
+@stage(name="judge_prompt", kind="judge", code_version="3")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format and the kind lexicon of the training queries; every judge reads by it.
 
@@ -225,7 +225,7 @@ def judge_calibrated(
     }
 
 
-@stage(name="judge_answers", kind="judge", code_version="1")
+@stage(name="judge_answers", kind="judge", code_version="2")
 def judge_answers(
     ctx: StageContext,
     config: AnswersConfig,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,8 @@ def train_cot_sft(
         model = SharedPrefixLM(merged(model.lm), bf16=config.optimiser.bf16)
         probed = _fresh_first(pairs, chosen, config.probe.max_pairs, rng)
         counts |= fit_grade_rows(model, encoder, probed, config.probe)
+        trained = {p.key for p in chosen}
+        counts["probe/fresh"] = sum(p.key not in trained for p in probed)
     save_whole(model.lm, tokenizer, out)
     spec.write(out)
     return counts
@@ -212,10 +215,16 @@ def train_cot_sft(
 def _fresh_first(
     pairs: Sequence[Pair], trained: Sequence[Pair], count: int, rng: random.Random
 ) -> list[Pair]:
-    """Up to `count` class-balanced pairs; trained ones only where the others do not suffice."""
+    """Up to `count` class-balanced pairs, of each grade those that SFT did not train on first."""
     seen = {p.key for p in trained}
-    fresh = draw_pairs([p for p in pairs if p.key not in seen], count, 1.0, rng)
-    return [*fresh, *draw_pairs(trained, count - len(fresh), 1.0, rng)]
+    quota = Counter(p.grade for p in draw_pairs(pairs, count, 1.0, rng))
+    shuffled = sorted(rng.sample(pairs, len(pairs)), key=lambda p: p.key in seen)
+    chosen = []
+    for pair in shuffled:
+        if quota[pair.grade] > 0:
+            quota[pair.grade] -= 1
+            chosen.append(pair)
+    return chosen
 
 
 def _epoch(

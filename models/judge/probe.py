@@ -1,7 +1,7 @@
 """A linear probe on the finished features: the last step of SFT for a small judge.
 
-Consumes a fine-tuned LM and labelled pairs it was not trained on -> produces the LM with an output
-layer of its own, in which the four grade rows are moved by what the probe learned.
+Consumes a fine-tuned LM and labelled pairs, best those it was not trained on -> produces the LM
+with an output layer of its own, in which the four grade rows are moved by what the probe learned.
 
 Ours. Gradient steps that teach a small model to reason move the features under the grade rows
 faster than they move the rows, and grades suffer; one forward pass over fresh pairs and a convex
@@ -13,19 +13,23 @@ Tensor legend: N pairs, D hidden size, L grades.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from models.errors import DivergenceError, explain
 from models.judge.config import ProbeConfig
 from models.judge.prompt import PromptEncoder
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 from models.types import Pair
 
 ROWS_AT_ONCE = 48
+"""Prompts in one forward, as in scoring."""
 MAX_ITERATIONS = 200
+"""A bound only: the problem is convex and LBFGS stops by itself."""
 
 
 def fit_grade_rows(
@@ -49,7 +53,7 @@ def answer_states(
     """What the output layer reads where the grade is due, and what it reads elsewhere.
 
     Returns:
-        [N, D] float32 in pair order, and [D, D]: mean h h^T over the tokens before the last one.
+        [N, D] float32 in pair order, and [D, D]: mean h h^T over prompt tokens before the last.
     """
     was_training = model.training
     model.eval()
@@ -85,10 +89,14 @@ def fit_probe(
     of a sentence. The mean of delta over the grades is zero.
 
     Returns:
-        delta and the probe's nll, nats, before and after.
+        delta; the probe's nll, nats, before and after; the mean logit it adds elsewhere.
+
+    Raises:
+        DivergenceError: features that are not finite.
     """
     # LBFGS wants double precision: elsewhere is a hundred times louder than here
-    states_ND, gram_DD, rows_LD = states_ND.double(), gram_DD.double(), rows_LD.double()
+    device, labels_N = rows_LD.device, labels_N.cpu()
+    states_ND, gram_DD, rows_LD = (x.cpu().double() for x in (states_ND, gram_DD, rows_LD))
     scale_D = states_ND.square().mean(0).sqrt().clamp_min(1e-9)
     inputs_ND, gram_DD = states_ND / scale_D, gram_DD / scale_D / scale_D[:, None]
     base_NL = states_ND @ rows_LD.T
@@ -113,7 +121,12 @@ def fit_probe(
         delta_LD = weight_LD / scale_D
         after, loud = nll().item(), ((weight_LD @ gram_DD) * weight_LD).sum(1).mean().sqrt().item()
         metrics = {"probe/nll_before": before, "probe/nll_after": after, "probe/elsewhere": loud}
-        return (delta_LD - delta_LD.mean(0)).float(), metrics
+    delta_LD = delta_LD - delta_LD.mean(0)
+    if not (math.isfinite(after) and bool(torch.isfinite(delta_LD).all())):
+        got = f"a probe that is not finite, {metrics}"
+        do = "lower SFT's learning rate, or set sft.probe=null"
+        raise DivergenceError(explain(got, "finite rows", do))
+    return delta_LD.float().to(device), metrics
 
 
 def untie_head(lm: Any) -> None:

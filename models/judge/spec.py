@@ -58,12 +58,15 @@ class JudgeSpec:
         """Inverse of `write`.
 
         Raises:
-            ArtifactError: no judge.json there.
+            ArtifactError: no judge.json there, or one that an older version wrote.
         """
         path = folder / FILE
         if not path.is_file():
             raise ArtifactError(explain(f"no {FILE} in {folder}", "a judge folder", "train one"))
         body = json.loads(path.read_text(encoding="utf-8"))
+        if "cumpt" not in body:
+            got = f"{path} of an older version"
+            raise ArtifactError(explain(got, "a judge that says how CumPT reads it", "train again"))
         kinds = None if body["kinds"] is None else KindLexicon.from_json(body["kinds"])
         prompt = PromptConfig(**body["prompt"])
         rules = RuleBase(prompt.rules, tuple(Rule(**row) for row in body["rules"]))

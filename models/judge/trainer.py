@@ -226,6 +226,7 @@ def make_trainable(lm: torch.nn.Module, config: OptimiserConfig) -> torch.nn.Mod
         ConfigError: more layers asked for than the model has.
     """
     if config.lora is not None:
+        torch.manual_seed(config.seed)  # adapters start from torch's global numbers
         return _add_lora(lm, config.lora)
     if config.train_layers is None:
         return lm

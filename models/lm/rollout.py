@@ -135,7 +135,8 @@ def _draw(
         floor_R1 = logp_RV.topk(min(top_k, logp_RV.shape[-1]), dim=-1).values[:, -1:]
         choice_RV = logp_RV.masked_fill(logp_RV < floor_R1, float("-inf"))
     # inverse transform: one random number a row, where Gumbel noise would draw one a token
-    cdf_RV = choice_RV.double().exp().cumsum(-1)
+    wide = torch.float32 if choice_RV.device.type == "mps" else torch.float64
+    cdf_RV = choice_RV.to(wide).exp().cumsum(-1)
     u_R1 = torch.rand(len(cdf_RV), 1, dtype=cdf_RV.dtype, device=cdf_RV.device, generator=generator)
     token_R = torch.searchsorted(cdf_RV, u_R1 * cdf_RV[:, -1:], right=True)[:, 0]
     token_R = token_R.clamp(max=cdf_RV.shape[-1] - 1)

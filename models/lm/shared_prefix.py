@@ -239,7 +239,8 @@ class SharedPrefixLM(torch.nn.Module):
 
     def last_states(self, tree: PromptTree, root: Frontier | None = None) -> torch.Tensor:
         """[P, D]: what the output layer reads after each path; with `root` as above."""
-        return self.states(tree, root)[0]
+        hidden_NTD = self._hidden_states(tree, root)[-1]
+        return _last_token(hidden_NTD, tree.levels[-1])[tree.leaf_P]
 
     def states(
         self, tree: PromptTree, root: Frontier | None = None

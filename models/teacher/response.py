@@ -42,9 +42,8 @@ class Response:
     text: str
 
 
-_VERDICT = re.compile(
-    r"(?m)^(?:category|decision): (\w+)|(?<= )(yes|no)(?=,|$)|^attributes: (none)$"
-)
+_STATED = re.compile(r"(?m)^(?:category|decision): (\w+)$|^attributes: (.+)$")
+_HOLDS = re.compile(r"\b(?:yes|no)(?=,|$)|^none$")
 _ATTRIBUTE = re.compile(r"\s*(.+?) (yes|no)\s*")
 
 
@@ -107,7 +106,14 @@ def verdict_spans(text: str) -> list[tuple[int, int]]:
     >>> [text[a:b] for a, b in verdict_spans(text)]
     ['match', 'yes', 'excellent']
     """
-    return [m.span(m.lastindex or 0) for m in _VERDICT.finditer(text)]
+    spans = []
+    for line in _STATED.finditer(text):
+        if line[1] is not None:
+            spans.append(line.span(1))
+        else:
+            start = line.start(2)
+            spans += [(start + m.start(), start + m.end()) for m in _HOLDS.finditer(line[2])]
+    return spans
 
 
 def _parse_verdicts(lines: list[str]) -> Verdicts | None:

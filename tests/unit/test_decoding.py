@@ -13,6 +13,8 @@ from models.lm.decoding import Siblings
 from models.lm.rollout import _still_decoding, sample
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 
+LONG = tuple(1 + i % 9 for i in range(60))
+"""Longer than a pass is worth: such a segment keeps a level of its own, padded rows and all."""
 PROMPTS = [((1, 2, 3), (4, 5), (6,)), ((1, 2, 3), (9,), (6, 6, 6, 7))]
 SIZES: dict[str, Any] = dict(
     vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -46,6 +48,19 @@ def test_every_step_equals_the_plain_forward(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_padding_inside_a_prompt_is_not_attended_to() -> None:
+    model = build("Llama", max_position_embeddings=256)
+    prompts = [(LONG, LONG[:55], (4,)), (LONG, LONG[:55], (5,)), (LONG, (9, 8), (6, 7))]
+    frontier, _ = model.prefill(build_tree(prompts))
+    assert len(build_tree(prompts).levels) > 1
+    siblings = frontier.siblings(1, 1)
+    got_RV = model.step(siblings, torch.tensor([1, 2, 3]))
+    for row, new in enumerate([1, 2, 3]):
+        want_V = plain_logits(model, (*sum(prompts[row], ()), new))
+        assert torch.allclose(got_RV[row], want_V, atol=1e-4)
+
+
+@torch.no_grad()
 def test_rows_that_stay_go_on_as_if_the_others_had_stayed_too() -> None:
     model = build("Llama")
     frontier, _ = model.prefill(build_tree(PROMPTS))
@@ -53,7 +68,6 @@ def test_rows_that_stay_go_on_as_if_the_others_had_stayed_too() -> None:
     model.step(siblings, torch.tensor([1, 2, 3, 4, 5, 6]))
     model.step(siblings, torch.tensor([6, 5, 4, 3, 2, 1]))
     siblings.keep(torch.tensor([1]), torch.tensor([[2, 0]]))
-    assert siblings.num_rows == 2
     got_RV = model.step(siblings, torch.tensor([7, 8]))
     head = sum(PROMPTS[1], ())
     assert torch.allclose(got_RV[0], plain_logits(model, (*head, 6, 1, 7)), atol=1e-4)
@@ -64,9 +78,11 @@ def test_the_prompt_is_never_copied() -> None:
     model = build("Llama")
     with torch.no_grad():
         frontier, _ = model.prefill(build_tree(PROMPTS))
-    siblings = frontier.siblings(50, 4)
-    assert siblings.num_rows == 100
+        siblings = frontier.siblings(50, 4)
+        for _ in range(3):
+            model.step(siblings, torch.ones(100, dtype=torch.long))
     assert all(keys.shape[0] == len(PROMPTS) for keys, _ in siblings.prompts)
+    assert all(keys.shape[:2] == (len(PROMPTS), 50) for keys, _ in siblings._own)
 
 
 def test_the_attention_of_training_is_back_afterwards() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from models.errors import DivergenceError
 from models.judge.config import ProbeConfig, PromptConfig
 from models.judge.cot_sft import _fresh_first
 from models.judge.probe import answer_states, fit_grade_rows, fit_probe, untie_head
@@ -122,11 +124,24 @@ def test_the_probed_judge_knows_its_pairs_better_than_the_base(
 
 
 def test_the_probe_reads_pairs_that_sft_did_not_train_on_first(pairs: list[Pair]) -> None:
-    trained, fresh = pairs[:30], {p.key for p in pairs[30:]}
+    trained, fresh = pairs[:32], {p.key for p in pairs[32:]}
     few = _fresh_first(pairs, trained, 8, random.Random(0))
-    assert len(few) == 8 and {p.key for p in few} <= fresh
+    assert {p.key for p in few} == fresh
     many = _fresh_first(pairs, trained, 20, random.Random(0))
-    assert {p.key for p in many[:10]} == fresh and len({p.key for p in many}) == 20
+    assert fresh < {p.key for p in many} and len({p.key for p in many}) == 20
+
+
+def test_a_grade_that_sft_used_up_is_still_probed(pairs: list[Pair]) -> None:
+    """Grades in turn; SFT has taken every pair of grade 2."""
+    trained = [p for p in pairs if p.grade == 2]
+    probed = _fresh_first(pairs, trained, 16, random.Random(0))
+    assert Counter(p.grade for p in probed) == {1: 4, 2: 4, 3: 4, 4: 4}
+
+
+def test_features_that_are_not_finite_stop_the_run() -> None:
+    states_ND = torch.full((8, 3), float("nan"))
+    with pytest.raises(DivergenceError, match="not finite"):
+        fit_probe(states_ND, torch.eye(3), torch.arange(8) % 4, torch.eye(4, 3), ProbeConfig())
 
 
 def test_untying_twice_changes_nothing(base: str) -> None:

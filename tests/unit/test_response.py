@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.rules.table import allowed_grades
-from models.teacher.response import ParseOutcome, parse_response, render_response
+from models.teacher.response import (
+    ParseOutcome,
+    parse_response,
+    render_response,
+    verdict_spans,
+)
 from models.teacher.template import gold_verdicts, write
 from models.types import Category, Verdicts
 from tests.builders import make_pair, make_pairs, make_verdicts
@@ -76,3 +81,13 @@ def test_the_teacher_uses_gold_verdicts_where_there_are() -> None:
     gold = make_verdicts("related", colour=False)
     pair = make_pair(grade=2, verdicts=gold)
     assert parse_response(write(pair, "respond_then_think"), "respond_then_think").verdicts == gold
+
+
+def test_verdicts_are_looked_for_where_they_are_stated() -> None:
+    text = (
+        "2\nquery: waterproof, yes or no\nitem: Acme gum, sugar no, mint\ncategory: match\n"
+        "attributes: no sugar yes, mint no\ndecision: mismatch"
+    )
+    assert [text[a:b] for a, b in verdict_spans(text)] == ["match", "yes", "no", "mismatch"]
+    bare = "1\nquery: a\nitem: b\ncategory: mismatch\nattributes: none\ndecision: irrelevant"
+    assert [bare[a:b] for a, b in verdict_spans(bare)] == ["mismatch", "none", "irrelevant"]
