@@ -151,9 +151,6 @@ class PassAtNConfig(BaseModel):
     """0 keeps the whole distribution."""
     max_new_tokens: int = Field(64, ge=1)
     pairs_per_prompt: int = Field(2, ge=1)
-    reject: Literal["mistake", "whole"] = "mistake"
-    """What DPO unlearns of a wrong response. whole is the paper; with it contradictions rose
-    (infra/LOG.md). mistake leaves out steps that fit the wrong grade."""
     seed: int = 0
 
 

@@ -6,8 +6,7 @@ preference pairs: where some sample is right, the model's own right and wrong re
 
 Departures (the paper is silent): a response is right when its grade equals gold and its verdicts do
 not contradict it; duplicates are dropped; at most `pairs_per_prompt` pairs a prompt, chosen so that
-the rejected ones carry different wrong grades; of a response whose steps follow from its wrong
-grade the grade alone is rejected (`reject="whole"` is the paper).
+the rejected ones carry different wrong grades.
 """
 
 from __future__ import annotations
@@ -145,22 +144,9 @@ def build_preferences(
         chosen = right or [written.get(pair.key) or write(pair, order)]  # type: ignore[arg-type]
         for i, rejected in enumerate(list(wrong.values())[: config.pairs_per_prompt]):
             best = chosen[i % len(chosen)]
-            text, ended = _mistake(rejected, config, order)
             if best != rejected.text:
-                out.append(Preference(*pair.key, best, text, source, ended))
+                out.append(Preference(*pair.key, best, rejected.text, source, rejected.finished))
     return out
-
-
-def _mistake(sampled: Sampled, config: PassAtNConfig, order: str) -> tuple[str, bool]:
-    """The part of a wrong response to unlearn, and whether its end belongs to it.
-
-    Steps that follow from a wrong grade stated before them are right for that grade: unlearning
-    them teaches the judge to contradict itself, so the grade alone is the mistake.
-    """
-    sound_steps = sampled.grade not in (None, sampled.gold) and not sampled.contradicting
-    if config.reject == "mistake" and order == "respond_then_think" and sound_steps:
-        return str(sampled.grade), False
-    return sampled.text, sampled.finished
 
 
 def make_preferences(

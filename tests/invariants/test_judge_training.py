@@ -486,15 +486,9 @@ def test_dpo_without_preferences_says_what_to_do(base: str, tmp_path: Path) -> N
 # preferences
 
 
-def sampled(
-    text: str,
-    grade: int | None,
-    correct: bool = False,
-    finished: bool = True,
-    contradicting: bool = False,
-) -> Sampled:
+def sampled(text: str, grade: int | None, correct: bool = False, finished: bool = True) -> Sampled:
     """One response of a pair whose gold grade is 4."""
-    return Sampled("q", "p", 4, text, grade, finished, correct, contradicting)
+    return Sampled("q", "p", 4, text, grade, finished, correct, False)
 
 
 RIGHT, OTHER_RIGHT = sampled("4 a", 4, True), sampled("4 b", 4, True)
@@ -518,36 +512,20 @@ def preferences(group: Sequence[Sampled], limit: int = 2) -> list[tuple[str, str
     return [(p.chosen, p.rejected, p.source) for p in made]
 
 
-def test_steps_that_follow_from_a_wrong_grade_are_not_unlearned() -> None:
-    """Only a contradiction is a mistake of the steps; the paper's way rejects all of it."""
-    sound = sampled("1\ncategory: mismatch", grade=1)
-    broken = sampled("3\ncategory: mismatch", grade=3, contradicting=True)
-    for reject, texts in (("mistake", ["1", broken.text]), ("whole", [sound.text, broken.text])):
-        config = PassAtNConfig(samples=2, reject=reject)
-        made = build_preferences(
-            [make_pair(grade=4)], [[sound, broken]], config, "respond_then_think"
-        )
-        assert [p.rejected for p in made] == texts
-        assert [p.rejected_ended for p in made] == [reject == "whole", True]
-    config = PassAtNConfig(samples=2)
-    late = build_preferences([make_pair(grade=4)], [[sound]], config, "think_then_respond")
-    assert [p.rejected for p in late] == [sound.text]
-
-
 def test_self_correction_uses_the_models_own_words() -> None:
     group = [RIGHT, WRONG, WRONG, LESS_WRONG, OTHER_RIGHT, RIGHT]
     assert preferences(group) == [
-        ("4 a", "1", "self_correction"),
-        ("4 b", "3", "self_correction"),
+        ("4 a", "1 x", "self_correction"),
+        ("4 b", "3 y", "self_correction"),
     ]
-    assert preferences(group, limit=1) == [("4 a", "1", "self_correction")]
+    assert preferences(group, limit=1) == [("4 a", "1 x", "self_correction")]
 
 
 def test_oracle_guidance_takes_the_teachers_response_where_none_is_right() -> None:
     teacher = write(make_pair(grade=4), "respond_then_think")
     assert preferences([WRONG, LESS_WRONG]) == [
-        (teacher, "1", "oracle_guidance"),
-        (teacher, "3", "oracle_guidance"),
+        (teacher, "1 x", "oracle_guidance"),
+        (teacher, "3 y", "oracle_guidance"),
     ]
 
 
@@ -567,7 +545,7 @@ def test_oracle_guidance_takes_the_data_sets_response_where_it_has_one() -> None
 def test_groups_that_teach_nothing_make_no_pair() -> None:
     assert preferences([RIGHT, OTHER_RIGHT]) == []
     # a cut response is a counter-example where its grade is wrong
-    assert preferences([RIGHT, CUT]) == [("4 a", "2", "self_correction")]
+    assert preferences([RIGHT, CUT]) == [("4 a", "2 z", "self_correction")]
     same = sampled(write(make_pair(grade=4), "respond_then_think"), 1)
     assert preferences([same, same]) == []
 

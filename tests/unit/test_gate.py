@@ -18,6 +18,7 @@ from models.errors import ArtifactError
 from models.evaluation.gate import Contender, Decision, GateConfig, Outcome, Reason, decide
 from models.evaluation.outcomes import Outcomes, judge_outcomes, retrieval_outcomes
 from models.evaluation.retrieval import ndcg
+from models.evaluation.tiers import CumPT
 
 CONFIG = GateConfig(bootstrap_samples=200)
 UNITS = 60
@@ -360,16 +361,18 @@ def test_judge_outcomes_are_the_served_grades(store: Any) -> None:
         }
         for i, p in enumerate(pairs)
     ]
-    made = judge_outcomes(answers, store, 0.5)
+    made = judge_outcomes(answers, store, CumPT(0.5))
     right = [float(bool(i % 4) or p.grade == 1) for i, p in enumerate(pairs)]
     assert list(made.values.values()) == right
     assert made.numbers["accuracy"] == pytest.approx(sum(right) / 20)
     assert list(made.segments.values()) == [p.query.segment for p in pairs]
-    turned = judge_outcomes(answers[::-1], store, 0.5)
+    turned = judge_outcomes(answers[::-1], store, CumPT(0.5))
     assert turned.evaluation_set == made.evaluation_set
     relabelled = [answers[0] | {"grade": 5 - answers[0]["grade"]}, *answers[1:]]
     others = (answers[:-1], relabelled)
-    assert made.evaluation_set not in {judge_outcomes(a, store, 0.5).evaluation_set for a in others}
+    assert made.evaluation_set not in {
+        judge_outcomes(a, store, CumPT(0.5)).evaluation_set for a in others
+    }
 
 
 def test_retrieval_outcomes_leave_out_what_cannot_be_measured(store: Any) -> None:
