@@ -111,7 +111,7 @@ class SftConfig(BaseModel):
     verdict_share: float = Field(0.4, ge=0, le=1)
     """Weight of the verdict words' mean (match, yes, no, the decision). The other step tokens,
     mostly copied from the prompt, have what is left. A plain mean gives the verdicts an eighth of
-    the steps' gradient, and the reasoning then contradicts its grade (infra/LOG.md)."""
+    the steps' gradient. Ours."""
     probe: ProbeConfig | None = None
     """Fit the grade rows after the last step; None, the paper, leaves them as they are."""
     micro_batch: int = Field(16, ge=1)

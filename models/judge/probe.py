@@ -35,7 +35,10 @@ MAX_ITERATIONS = 200
 def fit_grade_rows(
     model: SharedPrefixLM, encoder: PromptEncoder, pairs: Sequence[Pair], config: ProbeConfig
 ) -> dict[str, float]:
-    """Untie the output layer of `model.lm` and add the probe's rows to it, in place."""
+    """Untie the output layer of `model.lm` and add the probe's rows to it, in place.
+
+    [TaoSR1 s3.1.probe, ours]
+    """
     states_ND, gram_DD = answer_states(model, encoder, pairs)
     labels_N = torch.tensor([p.grade - 1 for p in pairs], device=model.device)
     rows_LD = _head(model.lm).weight[encoder.label_ids].detach().float()
