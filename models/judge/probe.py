@@ -71,8 +71,9 @@ def answer_states(
         gram_DD = gram_DD + before_MD.float().T @ before_MD.float()
         count += len(before_MD)
     model.train(was_training)
-    states_ND = torch.empty_like(torch.cat(parts))
-    states_ND[order] = torch.cat(parts)
+    sorted_ND = torch.cat(parts)
+    states_ND = torch.empty_like(sorted_ND)
+    states_ND[order] = sorted_ND
     return states_ND, gram_DD / max(count, 1)
 
 
