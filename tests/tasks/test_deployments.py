@@ -31,17 +31,24 @@ def client(url: str) -> Iterator[Any]:
 
 @pytest.fixture
 def deployment(url: str, client: Any) -> Iterator[Any]:
-    """A deployment of nothing in the pool, due every ten minutes; gone afterwards."""
+    """A deployment of nothing in the pool, due 5, 15, 25 ... minutes ago; gone afterwards.
+
+    The times hang on now and not on the clock's round minutes, so that as many lie in a
+    span whatever the minute is.
+    """
     from prefect import flow
     from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.client.schemas.schedules import IntervalSchedule
 
     @flow(name="nothing")
     def nothing() -> None:
         """Does nothing."""
 
     deployments.ensure_pool(url)
-    schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="*/10 * * * *"), active=True)
+    every = IntervalSchedule(
+        interval=timedelta(minutes=10), anchor_date=datetime.now(UTC) - timedelta(minutes=35)
+    )
+    schedule = DeploymentScheduleCreate(schedule=every, active=True)
     made = client.create_deployment(
         flow_id=client.create_flow(nothing),
         name="nothing",
