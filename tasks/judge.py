@@ -46,18 +46,22 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="3")
+@stage(name="judge_prompt", kind="judge", code_version="4")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
-    """The prompt format and the kind lexicon of the training queries; every judge reads by it.
+    """The prompt format, the training queries' kinds and the catalogue's word weights.
+
+    Every judge reads by it.
 
     rules: version of the rule base, so that an edited rule is a changed prompt.
     """
     from models.judge.spec import JudgeSpec
 
-    JudgeSpec.fit(prompt, open_store(ctx, store).pairs("train")).write(ctx.out)
+    tables = open_store(ctx, store)
+    spec = JudgeSpec.fit(prompt, tables.pairs("train"), tables.product_by_id.values())
+    spec.write(ctx.out)
 
 
-@stage(name="judge_teacher", kind="data", code_version="1")
+@stage(name="judge_teacher", kind="data", code_version="2")
 def judge_teacher(
     ctx: StageContext,
     config: TeacherConfig,

@@ -43,9 +43,10 @@ class PromptEncoder:
 
     @property
     def version(self) -> str:
-        """Identity of everything here but the tokenizer: rules, prompt config, lexicon."""
-        kinds = "" if self.spec.kinds is None else json.dumps(self.spec.kinds.to_json())
-        text = f"{self.rule_base.version}:{self.config.model_dump_json()}:{kinds}"
+        """Identity of everything here but the tokenizer: rules, prompt config, what was learned."""
+        learned = (self.spec.kinds, self.spec.weights, self.spec.estimate)
+        lexica = json.dumps([None if x is None else x.to_json() for x in learned])
+        text = f"{self.rule_base.version}:{self.config.model_dump_json()}:{lexica}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def query_segment(self, query: Query, hint: str = "") -> Segment:
@@ -59,9 +60,10 @@ class PromptEncoder:
         text = " ".join(self._plain(product_text(product)).split())[: self.config.max_item_chars]
         if not self.config.evidence:
             return self._encode(f"item: {text}{self._close}")
-        evidence = gather(query, product, self.spec.kinds)
+        evidence = gather(query, product, self.spec.kinds, self.spec.weights)
+        estimate = None if self.spec.estimate is None else self.spec.estimate(query, evidence)
         lines = evidence.lines().rstrip("\n")
-        return self._encode(f"item: {text}\n{lines}{self._close}{evidence.summary()}")
+        return self._encode(f"item: {text}\n{lines}{self._close}{evidence.summary(estimate)}")
 
     def prompt(self, query: Query, product: Product) -> Path:
         """(rules, query, item): the path whose next token is the response's first."""

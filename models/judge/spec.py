@@ -1,9 +1,9 @@
-"""What a judge folder holds beside its weights: prompt format, kind lexicon, CumPT reading."""
+"""What a judge folder holds beside its weights: prompt format, lexica, CumPT reading."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from models.errors import ArtifactError, explain
 from models.evaluation.tiers import CumPT
 from models.judge.config import PromptConfig
 from models.rules.base import Rule, RuleBase, load_rules
+from models.rules.estimate import GradeEstimate
+from models.rules.evidence import gather
 from models.rules.kinds import KindLexicon
-from models.types import Pair
+from models.rules.words import WordWeights
+from models.types import Pair, Product
 
 FILE = "judge.json"
 
@@ -26,6 +29,8 @@ class JudgeSpec:
     cumpt: CumPT | None = None
     rules: RuleBase | None = None
     """The rules themselves: a judge keeps those it was trained with when their file is edited."""
+    weights: WordWeights | None = None
+    estimate: GradeEstimate | None = None
 
     @property
     def rule_base(self) -> RuleBase:
@@ -33,10 +38,16 @@ class JudgeSpec:
         return self.rules or load_rules(self.prompt.rules)
 
     @classmethod
-    def fit(cls, prompt: PromptConfig, pairs: Sequence[Pair]) -> JudgeSpec:
-        """The spec of a new judge; the lexicon is learned from the training pairs."""
-        kinds = KindLexicon.fit(pairs) if prompt.evidence else None
-        return cls(prompt, kinds, rules=load_rules(prompt.rules))
+    def fit(
+        cls, prompt: PromptConfig, pairs: Sequence[Pair], products: Iterable[Product]
+    ) -> JudgeSpec:
+        """The spec of a new judge: kinds and estimate from the pairs, word weights."""
+        rules = load_rules(prompt.rules)
+        if not prompt.evidence:
+            return cls(prompt, rules=rules)
+        kinds, weights = KindLexicon.fit(pairs), WordWeights.fit(products)
+        read = [(p.query, gather(p.query, p.product, kinds, weights), p.grade) for p in pairs]
+        return cls(prompt, kinds, None, rules, weights, GradeEstimate.fit(read))
 
     def calibrated(self, cumpt: CumPT) -> JudgeSpec:
         """The same with a CumPT reading."""
@@ -45,10 +56,14 @@ class JudgeSpec:
     def write(self, folder: Path) -> None:
         """Write judge.json into `folder`."""
         kinds = None if self.kinds is None else self.kinds.to_json()
+        weights = None if self.weights is None else self.weights.to_json()
+        estimate = None if self.estimate is None else self.estimate.to_json()
         body = {
             "prompt": self.prompt.model_dump(),
             "cumpt": None if self.cumpt is None else asdict(self.cumpt),
             "kinds": kinds,
+            "weights": weights,
+            "estimate": estimate,
             "rules": [asdict(rule) for rule in self.rule_base.rules],
         }
         (folder / FILE).write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
@@ -64,11 +79,14 @@ class JudgeSpec:
         if not path.is_file():
             raise ArtifactError(explain(f"no {FILE} in {folder}", "a judge folder", "train one"))
         body = json.loads(path.read_text(encoding="utf-8"))
-        if "cumpt" not in body:
+        if not {"cumpt", "estimate"} <= body.keys():
             got = f"{path} of an older version"
-            raise ArtifactError(explain(got, "a judge that says how CumPT reads it", "train again"))
+            raise ArtifactError(explain(got, "CumPT's reading and an estimate", "train again"))
         kinds = None if body["kinds"] is None else KindLexicon.from_json(body["kinds"])
         prompt = PromptConfig(**body["prompt"])
         rules = RuleBase(prompt.rules, tuple(Rule(**row) for row in body["rules"]))
         cumpt = None if body["cumpt"] is None else CumPT(**body["cumpt"])
-        return cls(prompt, kinds, cumpt, rules)
+        weights = None if body["weights"] is None else WordWeights.from_json(body["weights"])
+        first = body["estimate"]
+        estimate = None if first is None else GradeEstimate.from_json(first)
+        return cls(prompt, kinds, cumpt, rules, weights, estimate)

@@ -1,8 +1,8 @@
 """Evidence: what a reader would mark in the item before judging it.
 
 Consumes a query and a product -> produces the query's words found, missing, excluded-and-present,
-the state of a stated price limit, and how the item's kind compares with the one usually meant.
-It never looks at the pair's own label.
+how much of the query the item covers, the state of a stated price limit, and how the item's kind
+compares with the one usually meant. It never looks at the pair's own label.
 Small judges need it: without these lines a 135M model learned nothing on real pairs (infra/LOG.md).
 """
 
@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from models.rules.kinds import Kind, KindLexicon
+from models.rules.words import WordWeights, closeness
 from models.text import product_text, terms
 from models.types import Product, Query
 
@@ -24,6 +28,52 @@ _MARKERS = frozenset(
     "not no without except non free under below less than max up cheaper cheap affordable "
     "alternative budget like but dollars dollar usd".split()
 )
+FOUND = 0.6
+"""A word counts as found above this closeness to a word of the item: misspelt, or joined."""
+NUM_FEATURES = 11
+"""Length of `Overlap.features`."""
+EARLY = 1 / 3
+"""Share of an item's words that count as its beginning, where titles say what a thing is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How far an item covers a query's words; shares are in [0, 1].
+
+    coverage: mean closeness of each word to the item's closest word, weighted; mean_coverage: not
+    weighted. weakest: the least of those. heaviest_found: whether the rarest word is there.
+    item_share: weight of the item's words that the query asks for. jaccard: words in both. pairs:
+    share of the query's neighbouring words that are neighbours in the item. numbers: share of its
+    numbers found, None where it has none. item_words: how many words the item has. last: where the
+    query's last word, which mostly names the thing, stands in the item.
+    """
+
+    coverage: float
+    mean_coverage: float
+    weakest: float
+    heaviest_found: bool
+    item_share: float
+    jaccard: float
+    pairs: float
+    numbers: float | None
+    item_words: int
+    last: Literal["early", "late", "close", "missing"]
+
+    def features(self) -> list[float]:
+        """Plain numbers, [NUM_FEATURES]."""
+        return [
+            self.coverage,
+            self.mean_coverage,
+            self.weakest,
+            float(self.heaviest_found),
+            self.item_share,
+            self.jaccard,
+            self.pairs,
+            0.0 if self.numbers is None else self.numbers - 1.0,
+            min(self.item_words, 40) / 40,
+            float(self.last == "early"),
+            float(self.last == "late"),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +86,7 @@ class Evidence:
     price_limit: float | None
     price_ok: bool | None
     kind: Kind | None = None
+    overlap: Overlap | None = None
 
     def lines(self) -> str:
         """The evidence as prompt lines, each ending in a newline; empty ones are left out."""
@@ -47,8 +98,8 @@ class Evidence:
             out += f"price limit {self.price_limit:g}: {state}\n"
         return out
 
-    def summary(self) -> str:
-        """The evidence in one short line: wishes met and failed, and the kind.
+    def summary(self, estimate: float | None = None) -> str:
+        """The evidence in one short line: wishes met and failed, the kind, a first estimate.
 
         It opens the judge's turn, right before the grade: a small model learns from what stands
         next to its answer in a tenth of the steps it needs for what stands further up.
@@ -57,7 +108,8 @@ class Evidence:
         failed += self.price_ok is False
         met = len(self.found) + sum(not present for _, present in self.excluded)
         met += self.price_ok is True
-        return f"{met} met, {failed} failed, kind {self.kind or 'unknown'}\n"
+        words = "" if estimate is None else f", words say {estimate:.1f}"
+        return f"{met} met, {failed} failed, kind {self.kind or 'unknown'}{words}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +138,24 @@ def _number(match: re.Match[str] | None) -> float | None:
 
 
 @functools.lru_cache(maxsize=200_000)
-def _item_terms(text: str) -> frozenset[str]:
-    return frozenset(terms(text))
+def _item_terms(text: str) -> tuple[str, ...]:
+    return terms(text)
 
 
-def gather(query: Query, product: Product, kinds: KindLexicon | None = None) -> Evidence:
+def gather(
+    query: Query,
+    product: Product,
+    kinds: KindLexicon | None = None,
+    weights: WordWeights | None = None,
+) -> Evidence:
     """The evidence for one pair. A word that names the kind is not missing: `kind` speaks of it.
 
+    weights: of the catalogue's words; without them there is no `overlap`.
+
     >>> p = Product("1", "Blue leather sofa", price=80.0)
-    >>> e = gather(Query("q", "blue couch without leather under $60"), p)
+    >>> e = gather(Query("q", "bleu couch without leather under $60"), p)
     >>> e.found, e.missing, e.excluded, e.price_ok
-    (('blue',), ('couch',), (('leather', True),), False)
+    ((), ('bleu', 'couch'), (('leather', True),), False)
     """
     wishes = _wishes(query.text)
     have = _item_terms(product_text(product))
@@ -104,14 +163,48 @@ def gather(query: Query, product: Product, kinds: KindLexicon | None = None) -> 
     if wishes.limit is not None and product.price is not None:
         price_ok = product.price <= wishes.limit
     kind = None if kinds is None else kinds.compare(query, product)
-    words = wishes.words
-    if kinds is not None and kind is not None:
-        words = tuple((w, s) for w, s in words if s in have or not kinds.names_kind(query, s))
+    near = [max((closeness(stem, term) for term in have), default=0.0) for _, stem in wishes.words]
+    asked = [
+        (word, stem, close)
+        for (word, stem), close in zip(wishes.words, near, strict=True)
+        if close > FOUND or kinds is None or kind is None or not kinds.names_kind(query, stem)
+    ]
+    overlap = None
+    if weights is not None and asked:
+        overlap = _overlap([s for _, s, _ in asked], [c for _, _, c in asked], have, weights)
     return Evidence(
-        found=tuple(w for w, stem in words if stem in have),
-        missing=tuple(w for w, stem in words if stem not in have),
+        found=tuple(word for word, _, close in asked if close > FOUND),
+        missing=tuple(word for word, _, close in asked if close <= FOUND),
         excluded=tuple((w, stem in have) for w, stem in wishes.excluded),
         price_limit=wishes.limit,
         price_ok=price_ok,
         kind=kind,
+        overlap=overlap,
+    )
+
+
+def _overlap(
+    stems: Sequence[str], near: Sequence[float], have: Sequence[str], weights: WordWeights
+) -> Overlap:
+    heavy = [weights.weight(stem) for stem in stems]
+    both = set(stems) & set(have)
+    whole = sum(weights.weight(term) for term in have)
+    last: Literal["early", "late", "close", "missing"] = "missing"
+    if near[-1] == 1.0:
+        last = "early" if have.index(stems[-1]) < EARLY * len(have) else "late"
+    elif near[-1] > FOUND:
+        last = "close"
+    numbers = [close for stem, close in zip(stems, near, strict=True) if stem[0].isdigit()]
+    neighbours = set(pairwise(have))
+    return Overlap(
+        coverage=sum(w * c for w, c in zip(heavy, near, strict=True)) / (sum(heavy) or 1.0),
+        mean_coverage=sum(near) / len(near),
+        weakest=min(near),
+        heaviest_found=near[heavy.index(max(heavy))] > FOUND,
+        item_share=sum(weights.weight(s) for s in both) / (whole or 1.0),
+        jaccard=len(both) / len(set(stems) | set(have)),
+        pairs=sum(p in neighbours for p in pairwise(stems)) / max(1, len(stems) - 1),
+        numbers=sum(numbers) / len(numbers) if numbers else None,
+        item_words=len(have),
+        last=last,
     )

@@ -9,8 +9,9 @@ import pytest
 
 from models.errors import ConfigError
 from models.rules.base import load_rules
-from models.rules.evidence import gather
+from models.rules.evidence import NUM_FEATURES, gather
 from models.rules.table import allowed_grades, contradicts
+from models.rules.words import WordWeights, closeness
 from models.types import Category, Product, Query
 from tests.builders import make_verdicts
 
@@ -86,6 +87,74 @@ def test_evidence_of_a_negation_is_not_a_missing_word() -> None:
         evidence = gather(Query("q", text), sofa)
         assert evidence.excluded == (("leather", True),), text
         assert "leather" not in evidence.missing + evidence.found, text
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [
+        ("lether", "leather", True),  # misspelt
+        ("sofas", "sofa", True),  # stemmed
+        ("cable", "table", False),
+        ("12", "120", False),  # numbers are close to themselves only
+        ("red", "reed", False),
+    ],
+)
+def test_a_misspelt_word_is_found_and_a_like_one_is_not(a: str, b: str, found: bool) -> None:
+    assert bool(gather(Query("q", a), Product("p", b)).found) == found
+
+
+def test_closeness_is_symmetric_and_one_for_equal_words_alone() -> None:
+    words = ["sofa", "sofas", "a", "12", "12.5", "leather", "lether"]
+    for a in words:
+        for b in words:
+            assert closeness(a, b) == closeness(b, a)
+            assert (closeness(a, b) == 1.0) == (a == b)
+
+
+def test_overlap_weighs_words_by_how_rare_they_are() -> None:
+    weights = WordWeights(99, {"sofa": 99, "red": 9})
+    red, cyan = Query("q", "red sofa"), Query("q", "cyan sofa")
+    plain = gather(red, Product("p", "Blue sofa"), weights=weights).overlap
+    assert plain is not None  # sofa weighs log(100 / 100) = 0, red log(100 / 10)
+    assert plain.coverage == pytest.approx(closeness("red", "blue"))
+    assert gather(cyan, Product("p", "Cyan sofa"), weights=weights).overlap.coverage == 1.0
+    assert gather(red, Product("p", "Blue sofa")).overlap is None
+    # the item: red log 10, blue log 100, sofa 0
+    both = gather(red, Product("p", "Blue red sofa"), weights=weights).overlap
+    assert both is not None and both.item_share == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("title", "last"),
+    [
+        ("Sofa red leather oak", "early"),
+        ("Red leather oak sofa", "late"),
+        ("Red sofabed", "close"),
+        ("Red lamp", "missing"),
+    ],
+)
+def test_overlap_says_where_the_last_word_stands(title: str, last: str) -> None:
+    found = gather(Query("q", "red sofa"), Product("p", title), weights=WordWeights(9, {}))
+    assert found.overlap is not None and found.overlap.last == last
+
+
+def test_overlap_of_neighbours_numbers_and_the_rarest_word() -> None:
+    weights = WordWeights(99, {"red": 49, "sofa": 1, "12": 9})
+    overlap = gather(
+        Query("q", "red sofa 12"), Product("p", "Red sofa 24"), weights=weights
+    ).overlap
+    assert overlap is not None
+    assert (overlap.pairs, overlap.numbers, overlap.heaviest_found) == (0.5, 0.0, True)
+    assert (overlap.jaccard, overlap.item_words, overlap.weakest) == (0.5, 3, 0.0)
+    assert len(overlap.features()) == NUM_FEATURES
+    nothing = gather(Query("q", "not under"), Product("p", "Sofa"), weights=weights)
+    assert nothing.overlap is None
+
+
+def test_the_line_before_the_grade_ends_with_the_estimate() -> None:
+    evidence = gather(Query("q", "red sofa"), Product("p", "Red lamp"))
+    assert evidence.summary() == "1 met, 1 failed, kind unknown\n"
+    assert evidence.summary(2.349).endswith(", words say 2.3\n")
 
 
 @pytest.mark.parametrize(("price", "ok"), [(59.0, True), (60.0, True), (61.0, False), (None, None)])

@@ -1,0 +1,129 @@
+"""The first estimate of the grade from the evidence alone."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from models.judge.config import PromptConfig
+from models.judge.prompt import PromptEncoder
+from models.judge.spec import JudgeSpec
+from models.lm.weights import load_tokenizer
+from models.rules.estimate import GradeEstimate, _quantiles, _ridge
+from models.rules.evidence import Evidence, gather
+from models.rules.words import WordWeights
+from models.types import Pair, Product, Query
+from tests.builders import WORDS, make_pairs, make_tiny_judge
+
+Example = tuple[Query, Evidence, int]
+
+
+def graded_by_words(count: int, seed: int = 0, query: str = "q{}") -> list[Example]:
+    """Pairs whose grade is one more than the query's words found, of three."""
+    rng = random.Random(seed)
+    weights = WordWeights(1, {})
+    out = []
+    for i in range(count):
+        words = rng.sample(WORDS, 6)
+        grade = rng.randint(1, 4)
+        title = words[: grade - 1] + words[3 : 3 + 4 - grade]
+        asked = Query(query.format(i), " ".join(words[:3]))
+        out.append((asked, gather(asked, Product(str(i), " ".join(title)), weights=weights), grade))
+    return out
+
+
+def test_it_learns_what_words_say_and_orders_new_queries_by_it() -> None:
+    estimate = GradeEstimate.fit(graded_by_words(200))
+    assert estimate is not None
+    new = graded_by_words(200, seed=1, query="new{}")
+    values = [estimate(query, evidence) for query, evidence, _ in new]
+    assert all(1.0 <= v <= 4.0 for v in values)
+    assert spearmanr(values, [grade for *_, grade in new]).statistic > 0.9
+    assert np.mean([round(v) == g for v, (*_, g) in zip(values, new, strict=True)]) > 0.8
+
+
+def test_a_training_query_is_read_without_its_own_labels() -> None:
+    examples = graded_by_words(60)
+    lying = [(q, e, 1) if q.query_id == "q0" else (q, e, g) for q, e, g in examples]
+    truth, lie = GradeEstimate.fit(examples), GradeEstimate.fit(lying)
+    assert truth is not None and lie is not None
+    query, evidence, _ = examples[0]
+    assert np.dot(truth.weights[1 + fold(truth, query)], features_of(evidence)) == pytest.approx(
+        np.dot(lie.weights[1 + fold(lie, query)], features_of(evidence))
+    )
+    assert truth.weights[0] != lie.weights[0]
+
+
+def fold(estimate: GradeEstimate, query: Query) -> int:
+    """The fold whose weights `estimate` reads a training query with."""
+    from models.rules.estimate import _fold
+
+    assert query.query_id in estimate.trained
+    return _fold(query)
+
+
+def features_of(evidence: Evidence) -> list[float]:
+    """The features, by the module's own function."""
+    from models.rules.estimate import features
+
+    return features(evidence)
+
+
+def test_new_and_training_queries_are_read_with_different_weights() -> None:
+    examples = graded_by_words(60)
+    estimate = GradeEstimate.fit(examples)
+    assert estimate is not None
+    evidence = examples[0][1]
+    seen, unseen = Query("q0", "x"), Query("never", "x")
+    assert estimate(seen, evidence) != estimate(unseen, evidence)
+
+
+def test_ridge_leaves_the_constant_free_and_shrinks_the_rest() -> None:
+    x_NF = np.array([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    y_N = np.array([2.0, 4.0, 2.0, 4.0])
+    slope, constant = _ridge(x_NF, y_N)
+    # unit variance: x / .5, so the slope is 2 / (1 + RIDGE), about the mean 3
+    assert slope == pytest.approx(2 / 1.03)
+    assert constant + slope * 0.5 == pytest.approx(3.0)
+    assert _ridge(x_NF[:0], y_N[:0]).tolist() == [0.0, 2.5]
+
+
+def test_quantiles_weigh_the_pairs() -> None:
+    value_N = np.array([3.0, 1.0, 2.0])
+    knots = _quantiles(value_N, np.array([1.0, 1.0, 2.0]))
+    assert np.all(np.diff(knots) >= 0)
+    assert knots[-1] == 3.0 and knots[24] == pytest.approx(2.0)  # three quarters lie at or below 2
+
+
+def test_round_trip_and_no_examples() -> None:
+    examples = graded_by_words(40)
+    estimate = GradeEstimate.fit(examples)
+    assert estimate is not None
+    again = GradeEstimate.from_json(json.loads(json.dumps(estimate.to_json())))
+    for query, evidence, _ in examples:
+        assert again(query, evidence) == estimate(query, evidence)
+    assert GradeEstimate.fit([]) is None
+
+
+def test_pairs_of_one_grade_and_one_fold_still_give_a_number() -> None:
+    one = [(q, e, 3) for q, e, _ in graded_by_words(5, query="same")]
+    estimate = GradeEstimate.fit(one)
+    assert estimate is not None
+    assert 1.0 <= estimate(*one[0][:2]) <= 4.0
+
+
+def test_the_prompt_ends_with_the_estimate(tmp_path: object) -> None:
+    pairs: list[Pair] = make_pairs(40)
+    spec = JudgeSpec.fit(PromptConfig(), pairs, [p.product for p in pairs])
+    tokenizer = load_tokenizer(make_tiny_judge(tmp_path, pairs))  # type: ignore[arg-type]
+    encoder = PromptEncoder(tokenizer, spec)
+    pair = pairs[0]
+    evidence = gather(pair.query, pair.product, spec.kinds, spec.weights)
+    assert spec.estimate is not None
+    said = f"words say {spec.estimate(pair.query, evidence):.1f}"
+    text = tokenizer.decode(encoder.item_segment(pair.query, pair.product))
+    assert "".join(text.split()).endswith("".join(said.split()))
