@@ -9,10 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
 from models.index.config import IndexConfig
-from tasks.artifacts import ArtifactRef
+from tasks.artifacts import TAG, ArtifactRef
 from tasks.base import weights_path
 from tasks.ingest import open_store
 from tasks.stage import StageContext, stage
+
+VECTORS = f"{TAG}vectors"
+"""Tag of an index's run: content of the encoder, and how it computed."""
 
 
 class RewardsConfig(BaseModel):
@@ -53,14 +56,20 @@ def embedder_sft(
 def index_catalogue(
     ctx: StageContext, config: IndexConfig, encoder: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
-    """The whole catalogue in LanceDB, its recall measured on the store's own queries."""
+    """The whole catalogue in LanceDB, its recall measured on the store's own queries.
+
+    Texts that an earlier index of this store holds are not embedded again if its encoder has the
+    same content, whichever run made it: Retrieval-GRPO may keep the SFT encoder; a base stays.
+    """
     import random
 
     from models.embedder.encoder import document_encoder, encode, load_encoder
     from models.index.build import build_index
     from models.store import stream_products, stream_queries
 
-    model = load_encoder(weights_path(ctx, encoder), ctx.settings.torch_device)
+    weights = weights_path(ctx, encoder)
+    earlier = _index_of_same_vectors(ctx, weights)
+    model = load_encoder(weights, ctx.settings.torch_device)
     folder = ctx.open(store) / "store"
     texts = [query.text for query in stream_queries(folder)]
     probes = random.Random(config.seed).sample(texts, min(config.sample, len(texts)))
@@ -73,9 +82,33 @@ def index_catalogue(
         ctx.sink,
         encode(model, probes, prompt="query", bf16=True),
         total,
+        None if earlier is None else ctx.open(earlier),
     )
+    if earlier is not None:
+        ctx.log.info(
+            "index: the encoder is that of %s: %d vectors taken from it, %d texts embedded",
+            earlier.label,
+            facts.rows - (facts.encoded_rows or 0),
+            facts.encoded_rows,
+        )
     ctx.table("index", [facts.numbers() | {"kind": facts.kind}])
     return facts.numbers()
+
+
+def _index_of_same_vectors(ctx: StageContext, weights: str) -> ArtifactRef | None:
+    """The newest whole index of this store whose encoder has the content of `weights` and computed
+    on the same kind of device; the run in the making is marked so that later ones find it."""
+    from models.lm.precision import has_bf16
+    from models.lm.weights import fingerprint
+
+    device = ctx.settings.torch_device.split(":")[0]
+    how = f"{device}-{'bf16' if has_bf16(device) else 'float32'}"
+    mark = f"{fingerprint(weights, whole=True)}-{how}"
+    runs = ctx.store.search(f"tags.`{VECTORS}` = '{mark}' and attributes.status = 'FINISHED'")
+    ctx.store.client.set_tag(ctx.run_id, VECTORS, mark)
+    own = (run for run in runs if run.info.experiment_id == ctx.store.experiment_id)
+    found = next((run for run in own if not ctx.store.damage(run)), None)
+    return None if found is None else ctx.store.ref(found)
 
 
 @stage(name="embedder_rgrpo", kind="embedder", code_version="2")

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.index.config import IndexConfig, Kind, resolve_kind
-from models.index.facts import IndexFacts
-from models.index.lance import TABLE, LanceIndex, connect
+from models.index.facts import FACTS, IndexFacts
+from models.index.lance import TABLE, LanceIndex, connect, open_table
 from models.index.recall import check, measure, percentiles
 from models.index.rows import Encode, RowStream
 from models.store import Store
@@ -40,6 +40,7 @@ def build_index(
     sink: MetricSink,
     queries_QD: np.ndarray | None = None,
     total: int | None = None,
+    earlier: Path | None = None,
 ) -> IndexFacts:
     """Embed the catalogue in batches into a LanceDB table under `out`, index it, and measure it.
 
@@ -48,6 +49,8 @@ def build_index(
         queries_QD: real query vectors to measure with; None: a sample of the products' own
             vectors, with a little noise.
         total: number of products, for the progress bar.
+        earlier: folder of an index built with the same encoder; its vectors serve again wherever
+            a product's text is the same.
 
     Returns:
         what was measured; the numbers are also logged as `index/...`.
@@ -65,8 +68,10 @@ def build_index(
         config.sample,
         config.seed,
         total,
+        None if earlier is None else open_table(earlier),
     )
     out.mkdir(parents=True, exist_ok=True)
+    (out / FACTS).unlink(missing_ok=True)  # without it the folder is no index: written last
     shutil.rmtree(out / f"{TABLE}.lance", ignore_errors=True)
     table = connect(out).create_table(TABLE, data=stream.reader())
     kind = resolve_kind(config.kind, stream.rows)
@@ -75,7 +80,13 @@ def build_index(
     build_s = time.perf_counter() - started
     probes_PD = stream.probes() if queries_QD is None else queries_QD[: config.sample]
     facts = measured_facts(table, kind, config, np.asarray(probes_PD, np.float32))
-    facts = facts.model_copy(update={"encode_s": stream.encode_s, "build_s": build_s})
+    facts = facts.model_copy(
+        update={
+            "encoded_rows": stream.encoded,
+            "encode_s": stream.encode_s,
+            "build_s": build_s,
+        }
+    )
     facts.write(out, np.asarray(probes_PD, np.float32))
     sink.log({f"index/{name}": value for name, value in facts.numbers().items()})
     check(facts, stream.rows)

@@ -52,6 +52,8 @@ class IndexFacts(BaseModel):
     """Rows written since then."""
     probes: int
     trials: tuple[Trial, ...] = ()
+    encoded_rows: int | None = None
+    """Rows whose texts were embedded for it; the vectors of the others existed. None: not known."""
     encode_s: float = 0.0
     build_s: float = 0.0
     measure_s: float = 0.0

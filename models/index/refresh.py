@@ -31,6 +31,7 @@ from models.index.filters import one_of
 from models.index.lance import open_table, vector_index_stats
 from models.index.published import Publication, PublishedIndex
 from models.index.recall import check
+from models.index.reuse import Known, known_of, vectors_of
 from models.index.rows import Encode, batches, columns, record_batch
 from models.sources.delta import Delta
 from models.types import MetricSink, Product
@@ -95,12 +96,16 @@ def refresh(
             _merge(table, delta.products, base.facts, encode, config.batch_size, counts)
             _delete(table, delta.deleted, counts)
             if not (resumed or counts.written or counts.deleted):
+                published.pending.unlink()
                 log.info("the delta changes nothing: version %d stays", base.version)
                 return base, counts
             probes_PD = published.probes(base.version)
-            facts = _indexed(table, base.facts, counts, config, probes_PD)
+            # what an interrupted refresh wrote is not in the counts: all of it may have been
+            since = base.facts.rows_since + (len(delta.products) if resumed else counts.written)
+            facts = _indexed(table, base.facts, since, config, probes_PD)
             seconds = time.perf_counter() - started - counts.encode_s - facts.measure_s
-            facts = facts.model_copy(update={"encode_s": counts.encode_s, "build_s": seconds})
+            spent = {"encode_s": counts.encode_s, "build_s": seconds}
+            facts = facts.model_copy(update={"encoded_rows": counts.encoded} | spent)
             check(facts, rows_before + counts.inserted - counts.deleted)
             deltas = (*base.deltas, delta.digest)
             made = published.record(table, base.origin, deltas, work, facts, probes_PD)
@@ -130,62 +135,32 @@ def _merge(
     size: int,
     counts: RefreshCounts,
 ) -> None:
+    def timed(texts: Sequence[str]) -> np.ndarray:
+        started = time.perf_counter()
+        vectors_ND = encode(texts)
+        counts.encode_s += time.perf_counter() - started
+        return vectors_ND
+
     for batch in batches(products, size):
         rows = [columns(p, facts.config.max_text_chars) for p in batch]
-        old, vector_of = _stored(table, [row["product_id"] for row in rows])
+        old, known = _stored(table, [row["product_id"] for row in rows])
         changed = [row for row in rows if old.get(row["product_id"]) != row]
         counts.unchanged += len(rows) - len(changed)
         counts.updated += sum(row["product_id"] in old for row in changed)
         counts.inserted += sum(row["product_id"] not in old for row in changed)
         if changed:
-            vectors_ND = _vectors(changed, old, vector_of, facts.dim, encode, counts)
+            vectors_ND, encoded = vectors_of(changed, known, timed, facts.dim)
+            counts.encoded += encoded
             data = pa.Table.from_batches([record_batch(changed, vectors_ND)])
             merge = table.merge_insert("product_id").when_matched_update_all()
             merge.when_not_matched_insert_all().execute(data)
 
 
-def _stored(
-    table: Table, ids: Sequence[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+def _stored(table: Table, ids: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Known]]:
     """The rows behind `ids` as `rows.columns` writes them, and their vectors, by id."""
     found = table.search().where(one_of("product_id", ids)).limit(len(ids)).to_arrow()
-    flat = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    vectors_ND = flat.reshape(len(found), -1) if len(found) else flat
     rows = found.drop_columns(["vector"]).to_pylist()
-    pairs = zip(rows, vectors_ND, strict=True)
-    vector_of = {row["product_id"]: vector_D for row, vector_D in pairs}
-    return {row["product_id"]: row for row in rows}, vector_of
-
-
-def _vectors(
-    rows: Sequence[dict[str, Any]],
-    old: dict[str, dict[str, Any]],
-    vector_of: dict[str, np.ndarray],
-    dim: int,
-    encode: Encode,
-    counts: RefreshCounts,
-) -> np.ndarray:
-    """[N, D]: kept where the text is the stored one, embedded elsewhere."""
-
-    def same_text(row: dict[str, Any]) -> bool:
-        stored = old.get(row["product_id"])
-        return stored is not None and stored["text_hash"] == row["text_hash"]
-
-    fresh = [i for i, row in enumerate(rows) if not same_text(row)]
-    out_ND = np.zeros((len(rows), dim), np.float32)
-    for i, row in enumerate(rows):
-        if row["product_id"] in vector_of:
-            out_ND[i] = vector_of[row["product_id"]]
-    if fresh:
-        started = time.perf_counter()
-        vectors_FD = encode([rows[i]["text"] for i in fresh])
-        counts.encode_s += time.perf_counter() - started
-        if vectors_FD.shape[1] != dim:
-            got = f"an encoder of {vectors_FD.shape[1]} dimensions"
-            raise ConfigError(explain(got, f"{dim}, the index's", "publish an index of its own"))
-        out_ND[fresh] = vectors_FD
-        counts.encoded += len(fresh)
-    return out_ND
+    return {row["product_id"]: row for row in rows}, known_of(found)
 
 
 def _delete(table: Table, ids: Sequence[str], counts: RefreshCounts) -> None:
@@ -199,11 +174,13 @@ def _delete(table: Table, ids: Sequence[str], counts: RefreshCounts) -> None:
 def _indexed(
     table: Table,
     before: IndexFacts,
-    counts: RefreshCounts,
+    since: int,
     config: RefreshConfig,
     probes_PD: np.ndarray,
 ) -> IndexFacts:
     """Compact, take new rows into the indexes, train the vector index anew where it must; measure.
+
+    since: rows written since the vector index was trained.
 
     Raises:
         ConfigError: no rows are left.
@@ -214,7 +191,7 @@ def _indexed(
         raise ConfigError(explain(got, "some products left", "check the delta"))
     kind = resolve_kind(before.config.kind, rows)
     table.optimize(cleanup_older_than=NEVER)
-    stats, since = vector_index_stats(table), before.rows_since + counts.written
+    stats = vector_index_stats(table)
     if kind == "exact":
         for index in table.list_indices():
             if "vector" in index.columns:

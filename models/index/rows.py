@@ -14,14 +14,18 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from models.errors import ConfigError, explain
+from models.index.reuse import known_vectors, vectors_of
 from models.text import product_text
 from models.types import Product
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Product texts [N] -> unit vectors [N, D] float32; see `embedder.encoder.document_encoder`."""
@@ -87,6 +91,7 @@ class RowStream:
     Args:
         total: number of products, for the progress bar.
         sample: vectors kept (reservoir sampling), drawn with `seed`.
+        earlier: a table with vectors of the same encoder; texts it holds are not embedded again.
     """
 
     def __init__(
@@ -98,13 +103,15 @@ class RowStream:
         sample: int,
         seed: int = 0,
         total: int | None = None,
+        earlier: Table | None = None,
     ) -> None:
+        self.earlier = earlier
         self.encode, self.max_text_chars, self.total = encode, max_text_chars, total
         self.sample, self.rng = sample, np.random.default_rng(seed)
         self._batches = batches(items, batch_size)
         self._kept: list[np.ndarray] = []
         self.encode_s = 0.0
-        self.rows = self.dim = 0
+        self.rows = self.dim = self.encoded = 0
 
     def reader(self) -> pa.RecordBatchReader:
         """A reader that embeds as it is read.
@@ -139,7 +146,10 @@ class RowStream:
     def _record(self, batch: Sequence[Product]) -> pa.RecordBatch:
         started = time.perf_counter()
         rows = [columns(p, self.max_text_chars) for p in batch]
-        vectors_ND = self.encode([row["text"] for row in rows])
+        ids = [row["product_id"] for row in rows]
+        known = {} if self.earlier is None else known_vectors(self.earlier, ids)
+        vectors_ND, encoded = vectors_of(rows, known, self.encode)
+        self.encoded += encoded
         self.encode_s += time.perf_counter() - started
         self.dim = vectors_ND.shape[1]
         self._keep(vectors_ND)

@@ -7,6 +7,7 @@ a fingerprint for the artifact's identity, and a loaded (model, tokenizer).
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,12 +70,15 @@ def resolve(name: str, weights_dir: Path) -> str:
     )
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: str | Path, whole: bool = False) -> str:
     """Sixty-four hex digits that change when the weights or their tokenizer change; milliseconds.
 
     Text files and weight files up to 4 MiB count whole; a larger weight file counts by its size,
     its first and last 64 KiB and 64 samples in between (training moves every tensor, so every
     sample). Names outside the folder do not matter. A hub id counts as its own name.
+
+    whole: every byte counts, at a second a gigabyte, except how a tokenizer was last called:
+    tokenizer.json keeps that call's truncation and padding, and every call sets its own.
 
     Raises:
         WeightsError: a folder without config.json or modules.json, or no folder and no hub id.
@@ -94,7 +98,7 @@ def fingerprint(path: str | Path) -> str:
     total = hashlib.sha256()
     for file in kept:
         relative = file.relative_to(folder).as_posix()
-        total.update(f"{relative}\0{_file_digest(file)}\n".encode())
+        total.update(f"{relative}\0{_file_digest(file, whole)}\n".encode())
     return total.hexdigest()
 
 
@@ -103,13 +107,18 @@ _NOT_IDENTITY = frozenset({"SOURCE.json", "trainer_state.json", "data_config.jso
 """Where the files came from and how they were trained: not what they compute."""
 
 
-def _file_digest(path: Path) -> str:
-    """Digest of one file: whole when small, sampled when large."""
+def _file_digest(path: Path, whole: bool) -> str:
+    """Digest of one file: whole when small or asked for, sampled when large."""
+    if whole and path.name == "tokenizer.json":
+        lasting = json.loads(path.read_text(encoding="utf-8"))
+        kept = {k: v for k, v in lasting.items() if k not in ("truncation", "padding")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as handle:
-        if size <= _WHOLE_BYTES or path.suffix != ".safetensors":
-            digest.update(handle.read())
+        if whole or size <= _WHOLE_BYTES or path.suffix != ".safetensors":
+            while block := handle.read(_WHOLE_BYTES):
+                digest.update(block)
             return digest.hexdigest()
         step = (size - _SAMPLE_BYTES) / (_NUM_SAMPLES + 1)
         for i in range(_NUM_SAMPLES + 2):

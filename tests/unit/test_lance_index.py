@@ -188,6 +188,28 @@ def test_rows_outside_the_index_are_counted_and_gated(tmp_path: Path) -> None:
     check(facts.model_copy(update={"config": config.model_copy(update={"max_unindexed": 0.05})}))
 
 
+def test_vectors_of_an_earlier_index_serve_again_where_the_text_is_the_same(
+    tmp_path: Path,
+) -> None:
+    asked: list[str] = []
+
+    def counted(texts: Sequence[str]) -> np.ndarray:
+        asked.extend(texts)
+        return encode(texts)
+
+    config = IndexConfig(batch_size=16, sample=5)
+    before = catalogue(60)
+    build_index(counted, before, config, tmp_path / "a", ListSink())
+    asked.clear()
+    after = [*before[40:60], Product("p00007", "renamed number99", brand="acme"), *before[8:40]]
+    facts = build_index(counted, after, config, tmp_path / "b", ListSink(), earlier=tmp_path / "a")
+    build_index(encode, after, config, tmp_path / "c", ListSink())
+    assert len(asked) == 1 and asked[0].startswith("renamed number99")
+    assert facts.encoded_rows == 1
+    reused, plain = (LanceIndex.open(tmp_path / n).vectors() for n in "bc")
+    assert reused[0] == plain[0] and np.array_equal(reused[1], plain[1])
+
+
 def test_building_again_replaces_the_table(tmp_path: Path) -> None:
     for count in (60, 40):
         build_index(encode, catalogue(count), IndexConfig(sample=5), tmp_path, ListSink())

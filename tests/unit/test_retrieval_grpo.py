@@ -23,6 +23,7 @@ from models.embedder.retrieval_grpo import (
 from models.embedder.retrieval_run import Watch, acceptable, collapse
 from models.embedder.tiny import build_tiny_encoder
 from models.errors import ConfigError, DataContractError, DivergenceError
+from models.lm.weights import fingerprint
 from models.metrics import ListSink
 from models.rewards.quality import Quality
 from models.schemas import TABLES
@@ -371,6 +372,8 @@ def test_a_collapsing_run_stops_and_keeps_the_last_good_encoder(
     texts = ["sofa new", "acme rug"]
     kept, start = (encode(load_encoder(str(d)), texts) for d in (tmp_path / "out", encoder_dir))
     assert np.allclose(kept, start, atol=1e-6)
+    # the index stage tells by this that it need not embed the catalogue again
+    assert fingerprint(tmp_path / "out", whole=True) == fingerprint(encoder_dir, whole=True)
 
 
 def test_a_store_without_validation_judgments_is_refused(

@@ -116,6 +116,15 @@ def test_fingerprint_of_large_files_samples_begin_middle_and_end(tmp_path: Path)
     assert len(set(prints)) == 1 + 3
 
 
+def test_a_whole_fingerprint_misses_no_byte(tmp_path: Path) -> None:
+    size = 9 << 20
+    content = bytearray(size)
+    content[70 << 10] = 1  # between the first two samples
+    one, other = (write_weights(tmp_path / n, c) for n, c in (("a", bytes(size)), ("b", content)))
+    assert weights.fingerprint(one) == weights.fingerprint(other)
+    assert weights.fingerprint(one, whole=True) != weights.fingerprint(other, whole=True)
+
+
 def test_fingerprint_of_names_and_of_nothing(tmp_path: Path) -> None:
     assert weights.fingerprint("a/b") != weights.fingerprint("a/c")
     with pytest.raises(WeightsError, match="make setup"):
