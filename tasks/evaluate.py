@@ -57,7 +57,7 @@ def evaluate_judge(
     return _publish(ctx, JUDGE_TABLE, "judge", rows, rows[-1])
 
 
-@stage(name="evaluate_retrieval", kind="evaluation", code_version="2")
+@stage(name="evaluate_retrieval", kind="evaluation", code_version="3")
 def evaluate_retrieval(
     ctx: StageContext,
     config: RetrievalEvalConfig,

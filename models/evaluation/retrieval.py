@@ -15,6 +15,7 @@ These are full-catalogue retrieval numbers; they compare with no re-ranking nDCG
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -284,20 +285,32 @@ def _means(
 
 
 def write_trec_run(run: Mapping[str, Sequence[str]], path: Path, tag: str = "relearn") -> None:
-    """query Q0 product rank score tag; the score falls with the rank, so tools keep the order."""
+    """query Q0 product rank score tag; the score falls with the rank, so tools keep the order.
+
+    The format separates by blanks: those of ids are written as %20, those of the tag as "_".
+    """
+    tag = "_".join(tag.split())
     with path.open("w", encoding="utf-8") as file:
         for q, ranking in run.items():
             found = top(ranking, len(ranking))
             for rank, product in enumerate(found, start=1):
-                file.write(f"{q} Q0 {product} {rank} {len(found) - rank + 1} {tag}\n")
+                score = len(found) - rank + 1
+                file.write(f"{_field(q)} Q0 {_field(product)} {rank} {score} {tag}\n")
 
 
 def write_trec_qrels(qrels: Mapping[str, Grades], path: Path) -> None:
-    """query 0 product label; label = grade - 1, so that 0 is not relevant and 2 on is."""
+    """query 0 product label; label = grade - 1, so that 0 is not relevant and 2 on is.
+
+    Blanks in ids as in `write_trec_run`.
+    """
     with path.open("w", encoding="utf-8") as file:
         for q, grades in qrels.items():
             for product, grade in grades.items():
-                file.write(f"{q} 0 {product} {grade - 1}\n")
+                file.write(f"{_field(q)} 0 {_field(product)} {grade - 1}\n")
+
+
+def _field(name: str) -> str:
+    return re.sub(r"\s", lambda blank: f"%{ord(blank[0]):02X}", name)
 
 
 def read_trec_run(path: Path) -> dict[str, list[str]]:

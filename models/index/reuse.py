@@ -68,6 +68,8 @@ def vectors_of(
     if dim is not None and fresh_FD.shape[1] != dim:
         got = f"an encoder of {fresh_FD.shape[1]} dimensions"
         raise ConfigError(explain(got, f"{dim}, the index's", "publish an index of its own"))
+    if len(fresh) == len(rows):
+        return fresh_FD, len(fresh)
     out_ND = np.zeros((len(rows), fresh_FD.shape[1]), np.float32)
     for i, old in enumerate(same):
         if old:

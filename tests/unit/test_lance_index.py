@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def test_products_are_embedded_and_written_in_batches(tmp_path: Path) -> None:
     config = IndexConfig(batch_size=64, sample=5)
     build_index(counted, iter(catalogue(150)), config, tmp_path, ListSink())
     assert sizes == [64, 64, 150 - 2 * 64]
+
+
+def test_few_batches_are_in_memory_at_once(tmp_path: Path) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def watched(texts: Sequence[str]) -> np.ndarray:
+        alive.append(sum(ref() is not None for ref in made))
+        vectors = encode(texts)
+        made.append(weakref.ref(vectors))
+        return vectors
+
+    config = IndexConfig(batch_size=20, sample=5, full_text=False)
+    build_index(watched, iter(catalogue(2000)), config, tmp_path, ListSink())
+    assert len(made) == 100 and max(alive) <= 8
 
 
 def test_many_queries_at_once_find_what_each_finds_alone(tmp_path: Path) -> None:

@@ -146,6 +146,11 @@ def test_trec_run_round_trip(tmp_path: Path) -> None:
     run, _ = random_case(1)
     m.write_trec_run(run, tmp_path / "run.txt")
     assert m.read_trec_run(tmp_path / "run.txt") == run
+    # the evaluation's runs are named like its table's rows, and a store names its ids as it likes
+    m.write_trec_run({"q 1": ["a\tb", "c"]}, tmp_path / "blank.txt", tag="SFT + R-GRPO")
+    assert m.read_trec_run(tmp_path / "blank.txt") == {"q%201": ["a%09b", "c"]}
+    m.write_trec_qrels({"q 1": {"a\tb": 4}}, tmp_path / "qrels.txt")
+    assert (tmp_path / "qrels.txt").read_text() == "q%201 0 a%09b 3\n"
     (tmp_path / "bad.txt").write_text("q Q0 d 1\n")
     with pytest.raises(DataContractError, match="line 1"):
         m.read_trec_run(tmp_path / "bad.txt")
