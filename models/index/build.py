@@ -123,14 +123,16 @@ def measured_facts(
     probes_PD: np.ndarray,
     trained_rows: int | None = None,
     rows_since: int = 0,
+    setting: tuple[int, int] | None = None,
 ) -> IndexFacts:
     """Measure a table that is ready to be searched.
 
     trained_rows, rows_since: as in `IndexFacts`; None: trained now, on all rows.
+    setting: as in `measure`.
     """
     started = time.perf_counter()
     rows = int(table.count_rows())
-    found = measure(LanceIndex(table), kind, config, probes_PD)
+    found = measure(LanceIndex(table), kind, config, probes_PD, setting)
     return IndexFacts(
         kind=kind,
         rows=rows,

@@ -53,6 +53,9 @@ class RefreshConfig(BaseModel):
     max_parts: int = Field(default=8, ge=1)
     """The same once the index consists of more parts than this: every refresh adds one, and every
     search reads them all."""
+    probes: int = Field(default=50, ge=1)
+    """Probes that a refreshed index is searched with first, at the setting it was served with. Only
+    if these miss the gate are all probes and all settings tried; then the index is trained anew."""
     keep: int = Field(default=3, ge=2)
     """Published versions kept: the current one, the one before, and older ones."""
 

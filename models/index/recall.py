@@ -41,11 +41,18 @@ class Measured:
     trials: tuple[Trial, ...]
 
 
-def measure(index: LanceIndex, kind: Kind, config: IndexConfig, probes_PD: np.ndarray) -> Measured:
+def measure(
+    index: LanceIndex,
+    kind: Kind,
+    config: IndexConfig,
+    probes_PD: np.ndarray,
+    setting: tuple[int, int] | None = None,
+) -> Measured:
     """Find the smallest setting that passes: first the number of partitions, with the most
     refinement, then the refinement. Where none passes, the best one tried is reported.
 
     probes_PD: query vectors; the first `config.sample` are used (of a scan: `SCAN_PROBES`).
+    setting: (nprobes, refine) to measure instead of looking for one.
     """
     count = config.sample if kind != "exact" else min(config.sample, SCAN_PROBES)
     probes_PD = np.asarray(probes_PD[:count], np.float32)
@@ -58,7 +65,7 @@ def measure(index: LanceIndex, kind: Kind, config: IndexConfig, probes_PD: np.nd
         trials.append(Trial(nprobes=nprobes, refine=refine, recall_at_10=recall))
         return recall
 
-    chosen = None if kind == "exact" else _smallest(recall_of, config)
+    chosen = None if kind == "exact" else setting or _smallest(recall_of, config)
     final = index.with_setting(*(chosen or (None, None)))
     found, scores, times_ms = _timed(final, probes_PD, GATED_K)
     deep, deep_scores = final.search(probes_PD, DEEP_K)

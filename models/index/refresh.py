@@ -200,9 +200,21 @@ def _indexed(
     worn = since > config.rebuild_share * before.trained_rows
     worn |= stats is None or kind != before.kind or (stats.num_indices or 1) > config.max_parts
     if not worn:
-        facts = measured_facts(table, kind, before.config, probes_PD, before.trained_rows, since)
+        trained = before.trained_rows, since
+        facts = measured_facts(
+            table, kind, before.config, probes_PD[: config.probes], *trained, _served_with(before)
+        )
+        if facts.recall_at_10 < before.config.min_recall:
+            facts = measured_facts(table, kind, before.config, probes_PD, *trained)
         if facts.recall_at_10 >= before.config.min_recall:
             return facts
         log.info("recall@10 fell to %.3f: training the vector index anew", facts.recall_at_10)
     index_vectors(table, kind)
     return measured_facts(table, kind, before.config, probes_PD)
+
+
+def _served_with(facts: IndexFacts) -> tuple[int, int] | None:
+    """(nprobes, refine) of a vector index, None of a scan."""
+    if facts.nprobes is None or facts.refine is None:
+        return None
+    return facts.nprobes, facts.refine

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from lancedb.db import LanceDBConnection
+from lancedb.merge import LanceMergeInsertBuilder
+from lancedb.query import LanceEmptyQueryBuilder, LanceVectorQueryBuilder
+from lancedb.table import LanceTable
 
 from models.errors import ArtifactError, ConfigError
 from models.index import refresh as module
@@ -165,23 +171,68 @@ def test_the_vector_index_is_trained_anew_when_much_was_written(
     assert parts == (1 if worn else 2)
 
 
-def test_recall_lost_by_a_refresh_is_won_back_by_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_recall_lost_by_a_refresh_is_won_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
+    """First at the setting that is served, with few probes; then at any; then by training."""
     before, measured = catalogue(1000), []
     table = published(tmp_path, before, IndexConfig(kind="ivf_flat", sample=10))
+    served = table.current().facts  # type: ignore[union-attr]
     real = module.measured_facts
 
-    def first_time_bad(*args: object, **kw: object) -> object:
+    def at_first_bad(*args: object, **kw: object) -> object:
         facts = real(*args, **kw)  # type: ignore[arg-type]
         measured.append(facts)
-        return facts.model_copy(update={"recall_at_10": 0.5}) if len(measured) == 1 else facts
+        return facts.model_copy(update={"recall_at_10": 0.5}) if len(measured) <= bad else facts
 
-    monkeypatch.setattr(module, "measured_facts", first_time_bad)
+    monkeypatch.setattr(module, "measured_facts", at_first_bad)
     delta = delta_of([replace(before[0], title="new")])
-    made, _ = refresh(table, delta, Encoder(), RefreshConfig(), NullSink())
-    assert len(measured) == 2 and made.facts.rows_since == 0
-    assert vector_index_stats(table.open().table).num_indices == 1
+    made, _ = refresh(table, delta, Encoder(), RefreshConfig(probes=4), NullSink())
+    assert [(f.probes, bool(f.trials)) for f in measured] == [
+        (4, False),
+        (10, True),
+        (10, True),
+    ][: bad + 1]
+    assert (measured[0].nprobes, measured[0].refine) == (served.nprobes, served.refine)
+    assert made.facts.rows_since == (0 if bad == 2 else 1)
+    parts = vector_index_stats(table.open().table).num_indices
+    assert parts == (1 if bad == 2 else 2)
+    assert len(table.probes(made.version)) == 10, "the next refresh has all of them"
+
+
+def test_a_small_delta_costs_a_small_part_of_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, not timed: texts embedded, rows read and written, searches, indexes trained."""
+    before, work = catalogue(2000), Counter[str]()
+    config = IndexConfig(kind="ivf_flat", sample=40, batch_size=100)
+    table = published(tmp_path, before, config)
+
+    def count(owner: type, name: str, size: Callable[..., int]) -> None:
+        real = getattr(owner, name)
+
+        def counted(*args: Any, **kw: Any) -> Any:
+            out = real(*args, **kw)
+            work[name] += size(out, *args)
+            return out
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(LanceTable, "create_index", lambda out, *args: 1)
+    count(LanceDBConnection, "create_table", lambda out, *args: out.count_rows())
+    count(LanceMergeInsertBuilder, "execute", lambda out, builder, data: len(data))
+    count(LanceVectorQueryBuilder, "to_arrow", lambda out, *args: 1)
+    count(LanceEmptyQueryBuilder, "to_arrow", lambda out, *args: len(out))
+    encoder = Encoder()
+    changed = [replace(p, title=f"new {p.title}") for p in before[:10]]
+    delta = delta_of([*changed, *before[10:20]])
+    made, counts = refresh(table, delta, encoder, RefreshConfig(probes=8), NullSink())
+    assert (counts.updated, counts.unchanged, len(encoder.texts)) == (10, 10, 10)
+    assert work["execute"] == 10 and work["create_table"] == 0, "rows written"
+    assert work["to_arrow"] == 20 + 8 + 1, "rows read to be compared, searches at 10 and at 100"
+    assert work["create_index"] == 0 and made.facts.unindexed_rows == 0
+    assert made.facts.rows_since == 10
 
 
 def test_a_catalogue_that_grows_gets_the_index_of_its_size(
