@@ -1,13 +1,14 @@
-"""What an index costs and what it finds, by kind and size, against the exact scan.
+"""The retriever: encoder, steps of Retrieval-GRPO, and indexes by kind and size against the scan.
 
     python tests/benchmarks/bench_retriever.py [SIZES] [--kinds exact ivf_sq ...] [--dim 384]
+        [--parts encode rgrpo refresh kinds] [--budget 360]
 
 Prints one figure a line, `name value unit`; the machine goes to stderr. Vectors are synthetic and
 clustered (one centre a hundred rows, noise .7 of the centre's length): quantisation sees structure,
-neighbours within a cluster are close calls. Each kind has a process of its own, so that its peak
-memory is its own. The encoder is free, so build times are LanceDB's; `one_percent_share` is what a
-refresh takes of a rebuild, as measured and with an encoder of ENCODE_RATE texts a second added.
-On a busy machine look at the CPU seconds.
+neighbours within a cluster are close calls. Each part has a process of its own, so that its peak
+memory is its own. Its encoder is free, so build times are LanceDB's; `one_percent_share` is what a
+refresh takes of a rebuild, as measured, in CPU seconds, and with an encoder of ENCODE_RATE texts a
+second added. On a busy machine look at the CPU seconds. What the budget leaves out is named.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ from models.schemas import QUARANTINE
 from models.sources.delta import Delta
 from models.types import Product
 
+PARTS = ("encode", "rgrpo", "refresh", "kinds")
 KINDS: tuple[Kind, ...] = ("exact", "ivf_flat", "ivf_sq", "ivf_rq", "ivf_hnsw_sq", "ivf_pq")
 SIZES = (10_000, 100_000)
 NOISE = 0.7
@@ -125,6 +128,13 @@ def numpy_scan(rows: int, dim: int) -> None:
     show(f"{name}/peak_memory", peak_mb(), "MiB")
 
 
+def one_percent(rows: int) -> tuple[Product, ...]:
+    """Half of the delta are new products, half are old ones under a new title."""
+    half = int(DELTA_SHARE * rows / 2)
+    old = (replace(p, title=f"{p.title} new") for p in catalogue(range(0, half * 100, 100)))
+    return (*old, *catalogue(range(rows, rows + half)))
+
+
 def refreshed(rows: int, dim: int) -> None:
     """A delta of one row in a hundred against building everything again."""
     vectors, name = Vectors(rows, dim), f"{rows}/refresh"
@@ -132,26 +142,40 @@ def refreshed(rows: int, dim: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         queries_QD, sink = vectors.queries(), NullSink()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         build_index(vectors, catalogue(range(rows)), config, out / "built", sink, queries_QD)
-        rebuild_s = time.perf_counter() - started
+        rebuild_s, rebuild_cpu_s = time.perf_counter() - started, time.process_time() - cpu
         table = PublishedIndex(out / "published")
         started = time.perf_counter()
         table.publish(out / "built", Origin(fingerprint="built"), sink)
         show(f"{name}/publish", time.perf_counter() - started, "s")
-        changed = tuple(catalogue(range(rows, rows + int(DELTA_SHARE * rows))))
-        delta = Delta(changed, (), "one", QUARANTINE.empty_table())
-        started = time.perf_counter()
+        delta = Delta(one_percent(rows), (), "one", QUARANTINE.empty_table())
+        started, cpu = time.perf_counter(), time.process_time()
         made, _ = refresh(table, delta, vectors, RefreshConfig(), sink)
-        refresh_s = time.perf_counter() - started
+        refresh_s, refresh_cpu_s = time.perf_counter() - started, time.process_time() - cpu
     encode_s = rows / ENCODE_RATE
     with_encoder = (refresh_s + DELTA_SHARE * encode_s) / (rebuild_s + encode_s)
     show(f"{name}/rebuild", rebuild_s, "s")
     show(f"{name}/one_percent", refresh_s, "s")
+    show(f"{name}/rebuild_cpu", rebuild_cpu_s, "s")
+    show(f"{name}/one_percent_cpu", refresh_cpu_s, "s")
     show(f"{name}/one_percent_share", refresh_s / rebuild_s, "ratio")
+    show(f"{name}/one_percent_share_cpu", refresh_cpu_s / rebuild_cpu_s, "ratio")
     show(f"{name}/one_percent_share_with_encoder", with_encoder, "ratio")
     show(f"{name}/one_percent_measuring", made.facts.measure_s, "s")
     show(f"{name}/recall_at_10", made.facts.recall_at_10, "ratio")
+
+
+def encoder() -> None:
+    from tests.benchmarks.bench_encoder import encode_throughput  # torch is no index's memory
+
+    encode_throughput(show)
+
+
+def steps() -> None:
+    from tests.benchmarks.bench_encoder import rgrpo_steps
+
+    rgrpo_steps(show)
 
 
 def main() -> None:
@@ -159,20 +183,38 @@ def main() -> None:
     parser.add_argument("sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--budget", type=float, default=360.0, help="seconds; then no new part")
     chosen = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS", "default")
     print(f"{platform.machine()}, {cores} cores, OMP_NUM_THREADS {threads}", file=sys.stderr)
-    spawn = multiprocessing.get_context("spawn")
+    work: list[tuple[str, Callable[..., None], tuple[object, ...]]] = [
+        ("encode", encoder, ()),
+        ("rgrpo", steps, ()),
+        *[("refresh", refreshed, (rows, chosen.dim)) for rows in chosen.sizes],
+    ]
     for rows in chosen.sizes:
-        work = [(numpy_scan, (rows, chosen.dim)), (refreshed, (rows, chosen.dim))]
-        work += [(one_kind, (kind, rows, chosen.dim)) for kind in chosen.kinds]
-        for function, arguments in work:
-            process = spawn.Process(target=function, args=arguments)
-            process.start()
+        work.append(("kinds", numpy_scan, (rows, chosen.dim)))
+        work += [("kinds", one_kind, (kind, rows, chosen.dim)) for kind in chosen.kinds]
+    run([w for w in work if w[0] in chosen.parts], time.perf_counter() + chosen.budget)
+
+
+def run(work: list[tuple[str, Callable[..., None], tuple[object, ...]]], deadline: float) -> None:
+    """Each part in a process of its own; at the deadline the one that runs is ended."""
+    spawn = multiprocessing.get_context("spawn")
+    for number, (part, function, arguments) in enumerate(work):
+        process = spawn.Process(target=function, args=arguments)
+        process.start()
+        process.join(max(0.0, deadline - time.perf_counter()))
+        if process.is_alive():
+            process.kill()
             process.join()
-            if process.exitcode:
-                sys.exit(f"{function.__name__}{arguments} ended with {process.exitcode}")
+            left = ", ".join(f"{part} {arguments}" for part, _, arguments in work[number:])
+            print(f"over budget, left out: {left}; raise --budget", file=sys.stderr)
+            return
+        if process.exitcode:
+            sys.exit(f"{part} {arguments} ended with {process.exitcode}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""A crash before any change of the disk: what is served stays whole, the next run ends the work.
+
+Every call that changes a file is counted, and the n-th one raises instead of happening; n goes from
+the first to the last. `kill -9` in the middle of such a call is in test_published_index.py.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.errors import ArtifactError
+from models.index import refresh
+from models.index.build import build_index
+from models.index.config import IndexConfig, RefreshConfig
+from models.index.lance import LanceIndex
+from models.index.published import Origin, PublishedIndex
+from models.metrics import ListSink
+from models.schemas import QUARANTINE
+from models.sources.delta import Delta
+from models.types import Product
+
+ROWS, DIM = 30, 8
+CONFIG = IndexConfig(kind="ivf_flat", sample=4, batch_size=10)
+WRITES = {
+    "lancedb.db.LanceDBConnection": ["create_table"],
+    "lancedb.table.LanceTable": ["create_index", "drop_index", "delete", "restore", "optimize"],
+    "lancedb.table.Tags": ["create", "update", "delete"],
+    "lancedb.merge.LanceMergeInsertBuilder": ["execute"],
+    "numpy": ["save"],
+    "pathlib.Path": ["unlink", "replace"],
+    "shutil": ["rmtree"],
+}
+
+
+class Crash(BaseException):
+    """A process that dies."""
+
+
+def products(mark: str, count: int = ROWS) -> list[Product]:
+    return [Product(f"p{i:03d}", f"{mark} thing{i}", brand=mark) for i in range(count)]
+
+
+def encode(texts: Any) -> np.ndarray:
+    """A vector that depends on the text alone."""
+    rows = np.stack([np.random.default_rng(list(t.encode())).normal(size=DIM) for t in texts])
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def origin(mark: str) -> Origin:
+    return Origin(fingerprint=mark, label=mark, encoder="e")
+
+
+def delta(mark: str, count: int) -> Delta:
+    """`count` products renamed, the last of the catalogue deleted."""
+    return Delta(tuple(products(mark, count)), ("p029",), mark, QUARANTINE.empty_table())
+
+
+def apply(table: PublishedIndex, change: Delta) -> None:
+    refresh.refresh(table, change, encode, RefreshConfig(batch_size=8), ListSink())
+
+
+def brands(index: LanceIndex) -> str:
+    """One letter a row, sorted."""
+    found = index.products([p.product_id for p in products("")])
+    return "".join(sorted(p.brand for p in found.values()))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built indexes a and b, and a table that serves a and served b before."""
+    folder = tmp_path_factory.mktemp("start")
+    table = PublishedIndex(folder / "published", keep=2)
+    for mark in "ba":
+        build_index(encode, products(mark), CONFIG, folder / mark, ListSink())
+        table.publish(folder / mark, origin(mark if mark == "a" else "old"), ListSink())
+    return folder
+
+
+def crash_at(number: int, work: Callable[[], object]) -> tuple[list[str], bool]:
+    """Run `work`; its `number`-th change of the disk raises. What happened, and if it ended."""
+    happened: list[str] = []
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kw: Any) -> Any:
+            if len(happened) == number:
+                raise Crash
+            happened.append(name)
+            return real(*args, **kw)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in WRITES.items():
+            for name in names:
+                real = pkgutil.resolve_name(f"{owner}.{name}")
+                short = f"{owner.rsplit('.', 1)[-1]}.{name}"
+                patch.setattr(f"{owner}.{name}", counted(short, real))
+        try:
+            work()
+        except Crash:
+            return happened, False
+    return happened, True
+
+
+def every_crash(
+    start: Path, folder: Path, work: Callable[[Path], object]
+) -> Iterator[tuple[Path, list[str], bool]]:
+    """A copy of `start` a crash, after it: folder, changes before it, and if there was none."""
+    ended, number = False, 0
+    while not ended:
+        copy = shutil.copytree(start, folder / str(number))
+        happened, ended = crash_at(number, lambda copy=copy: work(copy))
+        yield copy, happened, ended
+        shutil.rmtree(copy)
+        number += 1
+
+
+def test_publish(start: Path, tmp_path: Path) -> None:
+    def publish(folder: Path) -> None:
+        table = PublishedIndex(folder / "published", keep=2)
+        table.publish(folder / "b", origin("b"), ListSink())
+
+    for folder, happened, _ in every_crash(start, tmp_path, publish):
+        table = PublishedIndex(folder / "published", keep=2)
+        moved = "Tags.update" in happened
+        assert brands(table.open()) == ("b" if moved else "a") * ROWS, happened
+        publish(folder)
+        assert brands(table.open()) == "b" * ROWS
+        assert [p.origin.fingerprint for p in table.history()][:2] == ["b", "a"]
+        assert table.current().facts.unindexed_rows == 0  # type: ignore[union-attr]
+    assert happened.count("LanceTable.create_index") == 1 + 1 + 4
+    assert {"LanceDBConnection.create_table", "Tags.create", "Tags.delete"} <= {*happened}
+
+
+def test_refresh(start: Path, tmp_path: Path) -> None:
+    """Twice: again with the same delta, and with another one, into which nothing may leak."""
+    for folder, happened, _ in every_crash(
+        start, tmp_path, lambda f: apply(PublishedIndex(f / "published", keep=2), delta("b", 20))
+    ):
+        table = PublishedIndex(folder / "published", keep=2)
+        moved = "Tags.update" in happened
+        assert brands(table.open()) == ("a" * 9 + "b" * 20 if moved else "a" * ROWS), happened
+        other = PublishedIndex(shutil.copytree(table.folder, folder / "copy"), keep=2)
+        apply(table, delta("b", 20))
+        made = table.current()
+        assert made is not None and made.deltas == ("b",)
+        assert brands(table.open()) == "a" * 9 + "b" * 20
+        assert (made.facts.rows, made.facts.unindexed_rows) == (29, 0)
+        # every row of this delta is written after the last training, before the crash or after
+        assert made.facts.rows_since == 0 and made.facts.trained_rows == 29
+        apply(other, delta("c", 3))
+        assert brands(other.open()) == ("a" * 9 + "b" * 17 if moved else "a" * 26) + "c" * 3
+    assert happened.count("LanceMergeInsertBuilder.execute") == 3
+    assert {"LanceTable.delete", "LanceTable.optimize", "Tags.create"} <= {*happened}
+
+
+def test_build_over_an_older_index(start: Path, tmp_path: Path) -> None:
+    """Whole or refused: a half-written table never comes with the facts of the one before."""
+
+    def build(folder: Path) -> None:
+        build_index(encode, products("c", 20), CONFIG, folder / "a", ListSink())
+
+    for folder, happened, ended in every_crash(start, tmp_path, build):
+        try:
+            found = brands(LanceIndex.open(folder / "a"))
+            assert found == ("c" * 20 if ended else "a" * ROWS), happened
+            assert ended or happened == []
+        except ArtifactError:
+            assert not ended
+        build(folder)
+        assert brands(LanceIndex.open(folder / "a")) == "c" * 20
+    assert ended and happened[-1] == "Path.replace"
