@@ -28,7 +28,51 @@ class PromptConfig(BaseModel):
     max_query_chars: int = 160
     """Longest query, in characters."""
     order: Order = "respond_then_think"
-    """post-CoT ships; think-then-respond is the paper's ablation [TaoSR1 s3.1]."""
+    """post-CoT ships; think-then-respond is the paper's ablation [TaoSR1 s3.1]; label_only states
+    the grade and no steps."""
+    max_thought_tokens: int = Field(64, ge=1)
+    """think_then_respond: longest reasoning decoded before the grade is read."""
+
+
+class CrossEncoderConfig(BaseModel):
+    """The fine-tuned encoder that the judge has to beat: the BERT row of TaoSR1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    base: str = "all-minilm-l6-v2"
+    """Encoder with a fresh head of four grades: a packaged name, a folder, a hub id, or `tiny`."""
+    max_pairs: int = Field(2000, ge=1)
+    """Training pairs, class-balanced as for SFT."""
+    balance: float = Field(1.0, ge=0, le=1)
+    """As in SFT: 1 equal counts a grade, 0 the natural mix."""
+    epochs: int = Field(4, ge=1)
+    batch_size: int = Field(16, ge=1)
+    """Pairs in one optimiser step."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps at most; None: all epochs."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate, linear to 0 after a tenth of warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    max_tokens: int = Field(192, ge=16)
+    """Query, item and evidence together; the item's end is cut."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Optimiser steps between checkpoints."""
+    seed: int = 0
+    """Of the head, the draw and the order."""
+
+
+class SamplesConfig(BaseModel):
+    """Responses sampled on held-out pairs for pass@k."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    prompts: int = Field(64, ge=1)
+    """Test pairs, the first of those that are scored."""
+    samples: int = Field(5, ge=1)
+    """Responses a pair; pass@1..samples is reported."""
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(64, ge=1)
+    seed: int = 0
 
 
 class LoraSettings(BaseModel):

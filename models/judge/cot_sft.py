@@ -260,7 +260,7 @@ def _prepare(
         else:  # no end token: a grade alone is a cut response, not one that ends there
             response, verdicts = (encoder.label_ids[pair.grade - 1],), (False,)
         out.paths.append((*encoder.prompt(pair.query, pair.product), response))
-        out.grade_at.append(0 if order == "respond_then_think" else len(response) - 2)
+        out.grade_at.append(len(response) - 2 if order == "think_then_respond" else 0)
         out.verdicts.append(verdicts)
     return out
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from models.evaluation.pass_at_k import pass_at_k
 from models.judge.config import PassAtNConfig
 from models.judge.cot_sft import draw_pairs
 from models.judge.scoring import ScoringJudge
@@ -106,18 +107,13 @@ def sample_responses(
 
 
 def pass_at(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
-    """pass@1..N: share of prompts with a right response among the first n, unbiased over order.
-
-    pass@n = 1 - C(N - c, n) / C(N, n) with c right ones of N, averaged over prompts.
-    """
-    from math import comb
-
+    """pass@1..N: `pass_at_k` of the right responses, averaged over prompts."""
     size = len(groups[0]) if groups else 0
-    out = {}
-    for n in range(1, size + 1):
-        misses = [comb(size - sum(s.correct for s in g), n) / comb(size, n) for g in groups]
-        out[f"pass@{n}"] = 1 - sum(misses) / len(misses)
-    return out
+    right = [sum(s.correct for s in g) for g in groups]
+    return {
+        f"pass@{n}": sum(pass_at_k(size, c, n) for c in right) / len(right)
+        for n in range(1, size + 1)
+    }
 
 
 def build_preferences(

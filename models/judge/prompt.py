@@ -22,6 +22,36 @@ from models.text import normalise, product_text
 from models.types import Product, Query
 
 
+class PairText:
+    """What is read of a pair, as plain text: the judge and the cross-encoder baseline read the same.
+
+    The tokenizer's own control tokens are taken out: shop text must not open a turn of its own.
+    """
+
+    def __init__(self, tokenizer: Any, spec: JudgeSpec) -> None:
+        self.config, self.spec = spec.prompt, spec
+        marks = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, marks)) or r"(?!)", re.IGNORECASE)
+
+    def plain(self, text: str) -> str:
+        """`text` without control tokens."""
+        return self._control.sub(" ", text)
+
+    def query(self, query: Query) -> str:
+        """The query, normalised and cut."""
+        return normalise(self.plain(query.text))[: self.config.max_query_chars]
+
+    def item(self, query: Query, product: Product) -> tuple[str, str]:
+        """The item's line with its evidence lines, and the evidence in one closing line or ""."""
+        text = " ".join(self.plain(product_text(product)).split())[: self.config.max_item_chars]
+        if not self.config.evidence:
+            return text, ""
+        spec = self.spec
+        evidence = gather(query, product, spec.kinds, spec.weights)
+        estimate = None if spec.estimate is None else spec.estimate(query, evidence)
+        return f"{text}\n{evidence.lines()}".rstrip("\n"), evidence.summary(estimate)
+
+
 class PromptEncoder:
     """Turns pairs into token segments for one tokenizer and one judge spec."""
 
@@ -31,15 +61,14 @@ class PromptEncoder:
         self.config = spec.prompt
         self.rule_base: RuleBase = spec.rule_base
         self._open, self._middle, self._close = _chat_markers(tokenizer)
-        marks = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, marks)) or r"(?!)", re.IGNORECASE)
+        self.text = PairText(tokenizer, spec)
         self.end_id: int = tokenizer.eos_token_id
         self.label_ids: list[int] = [
             tokenizer.encode(g, add_special_tokens=False)[0] for g in "1234"
         ]
         rules = "\n".join(r.text for r in self.rule_base.always)
         system = f"Grade how well an item answers a search query.\n{rules}"
-        self.root: Segment = self._encode(self._open + system + self._middle)
+        self.root: Segment = self.segment(self._open + system + self._middle)
 
     @property
     def version(self) -> str:
@@ -52,26 +81,24 @@ class PromptEncoder:
     def query_segment(self, query: Query, hint: str = "") -> Segment:
         """The query and the further rules it triggers. `hint` is for guided replay only."""
         extra = "".join(f"{r.text}\n" for r in self.rule_base.concerning(query))
-        text = normalise(self._plain(query.text))[: self.config.max_query_chars]
-        return self._encode(f"{extra}query: {text}\n{self._plain(hint)}")
+        return self.segment(f"{extra}query: {self.text.query(query)}\n{self.text.plain(hint)}")
 
     def item_segment(self, query: Query, product: Product) -> Segment:
         """The item, its evidence, and the opening of the assistant's turn."""
-        text = " ".join(self._plain(product_text(product)).split())[: self.config.max_item_chars]
-        if not self.config.evidence:
-            return self._encode(f"item: {text}{self._close}")
-        evidence = gather(query, product, self.spec.kinds, self.spec.weights)
-        estimate = None if self.spec.estimate is None else self.spec.estimate(query, evidence)
-        lines = evidence.lines().rstrip("\n")
-        return self._encode(f"item: {text}\n{lines}{self._close}{evidence.summary(estimate)}")
+        lines, summary = self.text.item(query, product)
+        return self.segment(f"item: {lines}{self._close}{summary}")
 
     def prompt(self, query: Query, product: Product) -> Path:
         """(rules, query, item): the path whose next token is the response's first."""
         return (self.root, self.query_segment(query), self.item_segment(query, product))
 
+    def segment(self, text: str) -> Segment:
+        """Ids of a text by itself, without added tokens."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
     def response_segment(self, text: str) -> Segment:
         """Response ids with the end token."""
-        return (*self._encode(text), self.end_id)
+        return (*self.segment(text), self.end_id)
 
     def verdict_mask(self, text: str) -> tuple[bool, ...]:
         """Per id of `response_segment(text)`, whether it is part of a stated verdict."""
@@ -86,13 +113,6 @@ class PromptEncoder:
     def decode(self, ids: Segment) -> str:
         """Text of a sampled response, end token dropped."""
         return self.tokenizer.decode([i for i in ids if i != self.end_id])
-
-    def _plain(self, text: str) -> str:
-        """Shop text without the tokenizer's control tokens: it must not open a turn of its own."""
-        return self._control.sub(" ", text)
-
-    def _encode(self, text: str) -> Segment:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 def _chat_markers(tokenizer: Any) -> tuple[str, str, str]:

@@ -1,7 +1,8 @@
 """Scoring: P(grade) for (query, product) pairs from one prefill, nothing decoded.
 
 Consumes a judge folder -> produces a `Judge`. Rules are read once per loaded model, each query
-once per call, each product once; chunks are filled by length.
+once per call, each product once; chunks are filled by length. A judge that thinks first has to
+decode its steps before its grade can be read: a hundred times the work.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from tqdm import tqdm
 
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
+from models.lm.rollout import sample
 from models.lm.shared_prefix import Frontier, SharedPrefixLM, build_tree
+from models.lm.shared_prefix import Path as TokenPath
 from models.lm.weights import load_lm
+from models.teacher.response import thought
 from models.types import Product, Query
 
 
@@ -58,9 +62,10 @@ class ScoringJudge:
         """P(grade) of every pair, [P, 4] float32 in the order of GRADES [TaoSR1 s1.score].
 
         Pairs of one query should be neighbours: that is what is shared. Empty input gives [0, 4].
+        think_then_respond: read after the judge's own greedy steps (`before_grade`).
         """
         out = np.zeros((len(pairs), 4), dtype=np.float32)
-        tails = [(self.encoder.query_segment(q), self.encoder.item_segment(q, p)) for q, p in pairs]
+        tails = [path[1:] for path in self.before_grade(pairs, desc)]
         order = sorted(range(len(pairs)), key=lambda i: (tails[i][0], len(tails[i][1])))
         for start in tqdm(
             range(0, len(order), self.rows_at_once), desc=desc, disable=not desc, leave=False
@@ -70,6 +75,35 @@ class ScoringJudge:
             logp_PL = self.model.label_logprobs(tree, self.encoder.label_ids, self._rules())
             out[rows] = logp_PL.exp().cpu().numpy()
         return out
+
+    @torch.no_grad()
+    def before_grade(
+        self, pairs: Sequence[tuple[Query, Product]], desc: str = ""
+    ) -> list[TokenPath]:
+        """The path of every pair whose next token is the grade.
+
+        think_then_respond: the prompt and the steps the judge decodes greedily, at most
+        `max_thought_tokens`; what is cut off there is followed by a line break and graded as it is.
+        Otherwise the prompt alone.
+        """
+        prompts = [self.encoder.prompt(q, p) for q, p in pairs]
+        if self.encoder.config.order != "think_then_respond":
+            return prompts
+        groups = sample(
+            self.model,
+            prompts,
+            group_size=1,
+            max_new_tokens=self.encoder.config.max_thought_tokens,
+            end_id=self.encoder.end_id,
+            generator=torch.Generator(device=self.model.device),
+            temperature=0.0,
+            desc=f"{desc}: thinking" if desc else "",
+        )
+        steps = [thought(self.encoder.decode(group[0].ids)) for group in groups]
+        return [
+            (*prompt, self.encoder.segment(text))
+            for prompt, text in zip(prompts, steps, strict=True)
+        ]
 
     def _rules(self) -> Frontier:
         if self._root is None:

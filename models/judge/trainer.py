@@ -177,13 +177,13 @@ class JudgeTrainer(Trainer):
     def run(self) -> None:
         """Train, going on from the last whole checkpoint under scratch if there is one."""
         folder = Path(self.args.output_dir)
-        last = _last_whole_checkpoint(folder)
+        last = last_whole_checkpoint(folder)
         if last is not None:
             log.info("%s: going on from %s", self.stage, last.name)
         self.train(resume_from_checkpoint=None if last is None else str(last))
 
 
-def _last_whole_checkpoint(folder: Path) -> Path | None:
+def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose trainer_state.json, written last, is there."""
     whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)

@@ -1,7 +1,7 @@
 """The response format: five reasoning steps and a grade, written and read back.
 
 Respond-then-think ("post-CoT"): the grade is the first token, the steps follow, one line each;
-think-then-respond is the same lines with the grade last [TaoSR1 s3.1].
+think-then-respond is the same lines with the grade last [TaoSR1 s3.1]; label-only is the grade.
 
     4
     query: running shoes, blue
@@ -20,7 +20,10 @@ from typing import Literal
 
 from models.types import GRADE_NAMES, Category, Verdicts
 
-Order = Literal["respond_then_think", "think_then_respond"]
+Order = Literal["respond_then_think", "think_then_respond", "label_only"]
+
+NUM_STEPS = 5
+_GRADES = frozenset("1234")
 
 
 class ParseOutcome(enum.StrEnum):
@@ -65,6 +68,8 @@ def render_response(
     query_step: str, item_step: str, verdicts: Verdicts, grade: int, order: Order
 ) -> str:
     """Grade and steps in the configured order; `parse_response` inverts it."""
+    if order == "label_only":
+        return str(grade)
     steps = render_steps(query_step, item_step, verdicts, grade)
     if order == "think_then_respond":
         return f"{steps}\n{grade}"
@@ -72,29 +77,52 @@ def render_response(
 
 
 def in_order(response: str, order: Order) -> str:
-    """A grade-first response in `order`: the grade's line moved to the end, or as it is.
+    """A grade-first response in `order`: the grade's line moved to the end, left alone, or as it is.
 
     >>> in_order("4\\nquery: sofa\\nitem: couch", "think_then_respond")
     'query: sofa\\nitem: couch\\n4'
+    >>> in_order("4\\nquery: sofa\\nitem: couch", "label_only")
+    '4'
     """
     if order == "respond_then_think":
         return response
     grade, _, steps = response.partition("\n")
-    return f"{steps}\n{grade}"
+    return grade if order == "label_only" else f"{steps}\n{grade}"
+
+
+def thought(response: str) -> str:
+    """What a think-first response says before its grade, ending where the grade is due.
+
+    Its first five lines and a line break; a last line that is a bare grade is not part of them, so
+    a stated grade never conditions the one that is read.
+
+    >>> thought("query: sofa\\nitem: couch\\n4")
+    'query: sofa\\nitem: couch\\n'
+    >>> thought("query: sofa\\nitem: cou")
+    'query: sofa\\nitem: cou\\n'
+    """
+    lines = response.strip("\n").split("\n")
+    if lines[-1].strip() in _GRADES:
+        lines = lines[:-1]
+    return "\n".join(lines[:NUM_STEPS]) + "\n"
 
 
 def parse_response(text: str, order: Order, finished: bool = True) -> Response:
-    """Read a response; anything that is not exactly the format is named, never guessed."""
+    """Read a response; anything that is not exactly the format is named, never guessed.
+
+    label_only: one line, and no verdicts are read.
+    """
     lines = text.strip().split("\n")
     if not text.strip():
         return Response(ParseOutcome.EMPTY, None, None, text)
-    grade_at = 0 if order == "respond_then_think" else -1
-    raw = lines[grade_at].strip()
-    grade = int(raw) if raw in {"1", "2", "3", "4"} else None
-    verdicts = _parse_verdicts(lines)
+    raw = lines[-1 if order == "think_then_respond" else 0].strip()
+    grade = int(raw) if raw in _GRADES else None
+    alone = order == "label_only"
+    verdicts = None if alone else _parse_verdicts(lines)
     if not finished:
         return Response(ParseOutcome.TRUNCATED, grade, verdicts, text)
-    if grade is None or verdicts is None or len(lines) != 6:
+    whole = len(lines) == 1 if alone else verdicts is not None and len(lines) == NUM_STEPS + 1
+    if grade is None or not whole:
         return Response(ParseOutcome.MALFORMED, grade, verdicts, text)
     return Response(ParseOutcome.OK, grade, verdicts, text)
 
