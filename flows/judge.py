@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +23,7 @@ from tasks.judge import (
     judge_prompt,
     judge_teacher,
 )
+from tasks.stage import Stage
 
 
 class JudgeResult(BaseModel):
@@ -31,33 +35,117 @@ class JudgeResult(BaseModel):
     evaluation: ArtifactRef
 
 
+class JudgeStages:
+    """The judge's stages; each starts from the one before, and is made when it is asked for.
+
+    made: stages by fingerprint, for chains that share their first ones; each is called once.
+    """
+
+    def __init__(
+        self, config: JudgeConfig, store: ArtifactRef, made: dict[str, ArtifactRef] | None = None
+    ) -> None:
+        self.config, self.store = config, store
+        self.made = {} if made is None else made
+        self._rules = load_rules(config.prompt.rules).version
+
+    @functools.cached_property
+    def prompt(self) -> ArtifactRef:
+        """What every judge reads by."""
+        return self.call(
+            judge_prompt, prompt=self.config.prompt, rules=self._rules, store=self.store
+        )
+
+    @functools.cached_property
+    def base(self) -> ArtifactRef:
+        """The zero-shot judge."""
+        return self.base_of(self.config.base, "judge")
+
+    @functools.cached_property
+    def teacher(self) -> ArtifactRef:
+        """The reasoning that SFT learns."""
+        return self.call(
+            judge_teacher,
+            config=self.config.teacher,
+            draw=self.config.sft.draw,
+            rule_base=self.config.prompt.rules,
+            rules=self._rules,
+            store=self.store,
+        )
+
+    @functools.cached_property
+    def sft(self) -> ArtifactRef:
+        """The judge after CoT SFT."""
+        return self.call(
+            judge_cot_sft,
+            config=self.config.sft,
+            base=self.base,
+            prompt=self.prompt,
+            teacher=self.teacher,
+            store=self.store,
+        )
+
+    @functools.cached_property
+    def dpo(self) -> ArtifactRef:
+        """The judge after DPO on its own mistakes."""
+        preferences = self.call(
+            judge_pass_at_n,
+            config=self.config.pass_at_n,
+            judge=self.sft,
+            teacher=self.teacher,
+            store=self.store,
+        )
+        return self.call(
+            judge_dpo,
+            config=self.config.dpo,
+            judge=self.sft,
+            preferences=preferences,
+            store=self.store,
+        )
+
+    @functools.cached_property
+    def grpo(self) -> ArtifactRef:
+        """The judge after GRPO."""
+        return self.call(judge_grpo, config=self.config.grpo, judge=self.dpo, store=self.store)
+
+    def answers(self, judge: ArtifactRef) -> ArtifactRef:
+        """What `judge` says of the held-out pairs."""
+        return self.call(
+            judge_answers,
+            config=self.config.answers,
+            prompt=self.prompt,
+            judge=judge,
+            store=self.store,
+        )
+
+    def base_of(self, name: str, role: str) -> ArtifactRef:
+        """The base model `name`."""
+        return self.call(
+            base_model,
+            name=name,
+            role=role,
+            content=base_content(name),
+            store=self.store if name == TINY else None,
+        )
+
+    def call(self, stage: Stage, **inputs: Any) -> ArtifactRef:
+        """`stage(**inputs)`, unless a chain that shares `made` has called it."""
+        key = stage.identity(**inputs).fingerprint
+        if key not in self.made:
+            self.made[key] = stage(**inputs)
+        return self.made[key]
+
+
 @flow(name="train-judge", flow_run_name="judge", log_prints=False)
 def train_judge(config: JudgeConfig, store: ArtifactRef) -> JudgeResult:
     """Train and evaluate the judge; each stage starts from the one before."""
-    rules = load_rules(config.prompt.rules).version
-    prompt = judge_prompt(prompt=config.prompt, rules=rules, store=store)
-    base = base_model(
-        name=config.base,
-        role="judge",
-        content=base_content(config.base),
-        store=store if config.base == TINY else None,
-    )
-    teacher = judge_teacher(
-        config=config.teacher,
-        draw=config.sft.draw,
-        rule_base=config.prompt.rules,
-        rules=rules,
-        store=store,
-    )
-    sft = judge_cot_sft(config=config.sft, base=base, prompt=prompt, teacher=teacher, store=store)
-    preferences = judge_pass_at_n(config=config.pass_at_n, judge=sft, teacher=teacher, store=store)
-    dpo = judge_dpo(config=config.dpo, judge=sft, preferences=preferences, store=store)
-    grpo = judge_grpo(config=config.grpo, judge=dpo, store=store)
-    judge = judge_calibrated(config=config.calibration, judge=grpo, store=store)
-    rows = {"zero-shot": base, "CoT SFT": sft, "+ DPO": dpo, "+ GRPO": grpo}
-    answers = {
-        name: judge_answers(config=config.answers, prompt=prompt, judge=model, store=store)
-        for name, model in rows.items()
+    stages = JudgeStages(config, store)
+    rows = {
+        "zero-shot": stages.base,
+        "CoT SFT": stages.sft,
+        "+ DPO": stages.dpo,
+        "+ GRPO": stages.grpo,
     }
+    judge = judge_calibrated(config=config.calibration, judge=stages.grpo, store=store)
+    answers = {name: stages.answers(model) for name, model in rows.items()}
     evaluation = evaluate_judge(answers=answers, judge=judge, store=store)
     return JudgeResult(judge=judge, evaluation=evaluation)

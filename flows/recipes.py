@@ -24,6 +24,7 @@ from models.errors import ConfigError, explain
 from models.evaluation.gate import GateConfig
 from models.index.config import IndexConfig
 from models.judge.config import (
+    CrossEncoderConfig,
     DpoConfig,
     GrpoConfig,
     OptimiserConfig,
@@ -32,11 +33,14 @@ from models.judge.config import (
     ProbeConfig,
     PromptConfig,
     ReplayConfig,
+    SamplesConfig,
     SftConfig,
 )
 from models.sources import SourceConfig, SyntheticSource
 from models.split import SplitConfig
 from models.teacher.config import TeacherConfig, TemplateTeacher
+from tasks.ablation import JudgeAblationConfig
+from tasks.base import TINY
 from tasks.embedder import RewardsConfig
 from tasks.evaluate import RetrievalEvalConfig
 from tasks.judge import AnswersConfig, CalibrationConfig
@@ -105,6 +109,8 @@ class PipelineConfig(_Config):
     embedder: EmbedderConfig
     gate: GateConfig = GateConfig()
     """What a candidate must reach to become champion."""
+    ablation: JudgeAblationConfig = JudgeAblationConfig()
+    """Read by `relearn ablate judge` alone."""
 
 
 def _source(store: str) -> Any:
@@ -125,6 +131,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
     top = OptimiserConfig(lr=2.5e-4, train_layers=10, checkpoint_every=25)
     # ten steps at 2e-5 moved the features away from under the grade rows (infra/LOG.md)
     gentle = top.model_copy(update={"lr": 5e-6, "schedule": "constant_with_warmup"})
+    sft_pairs, probe_pairs = 400, 400 if store == "synthetic" else 800
     return PipelineConfig(
         name=store,
         data=DataConfig(source=_source(store)),
@@ -133,10 +140,10 @@ def small(store: str = "synthetic") -> PipelineConfig:
             prompt=_prompt(store),
             sft=SftConfig(
                 optimiser=top,
-                max_pairs=400,
+                max_pairs=sft_pairs,
                 grade_share=0.25,
                 verdict_share=0.3,
-                probe=ProbeConfig(max_pairs=400 if store == "synthetic" else 800),
+                probe=ProbeConfig(max_pairs=probe_pairs),
                 micro_batch=8,
                 accumulate=1,
             ),
@@ -169,6 +176,10 @@ def small(store: str = "synthetic") -> PipelineConfig:
             ),
             evaluation=RetrievalEvalConfig(judged_queries=12),
         ),
+        ablation=JudgeAblationConfig(
+            cross_encoder=CrossEncoderConfig(max_pairs=sft_pairs + probe_pairs),
+            samples=SamplesConfig(prompts=32, max_new_tokens=56),
+        ),
     )
 
 
@@ -184,7 +195,7 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
         data=DataConfig(source=source),
         judge=JudgeConfig(
             base="tiny",
-            prompt=_prompt(store),
+            prompt=_prompt(store).model_copy(update={"max_thought_tokens": 96}),
             sft=SftConfig(
                 optimiser=fast,
                 max_pairs=400,
@@ -212,6 +223,10 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
             rgrpo=RetrievalGRPOConfig(steps=6, refresh_every=3, max_queries=16, k=8),
             evaluation=RetrievalEvalConfig(judged_queries=8),
         ),
+        ablation=JudgeAblationConfig(
+            cross_encoder=CrossEncoderConfig(base=TINY, max_pairs=400, lr=3e-3),
+            samples=SamplesConfig(prompts=16, max_new_tokens=96),
+        ),
     )
 
 
@@ -223,7 +238,9 @@ def full(store: str = "synthetic") -> PipelineConfig:
         data=DataConfig(source=_source(store)),
         judge=JudgeConfig(
             base="Qwen/Qwen3-4B",
-            prompt=_prompt(store).model_copy(update={"max_item_chars": 800, "evidence": False}),
+            prompt=_prompt(store).model_copy(
+                update={"max_item_chars": 800, "evidence": False, "max_thought_tokens": 256}
+            ),
             sft=SftConfig(
                 optimiser=budget,
                 max_pairs=50_000,
@@ -259,6 +276,10 @@ def full(store: str = "synthetic") -> PipelineConfig:
                 steps=500, batch_queries=64, k=64, max_queries=None, pool_size=None
             ),
             evaluation=RetrievalEvalConfig(judged_queries=500),
+        ),
+        ablation=JudgeAblationConfig(
+            cross_encoder=CrossEncoderConfig(max_pairs=50_000, batch_size=64),
+            samples=SamplesConfig(prompts=500, max_new_tokens=256),
         ),
     )
 

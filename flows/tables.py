@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from models.evaluation.ablation_report import wide
 from models.evaluation.gate import Decision, Outcome, shown, verdict
 from tasks.services import RUNNING, Status
 from tasks.stage import StageReport
@@ -51,6 +52,27 @@ def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Runs by row; segments follow the overall block."""
     ordered = sorted(rows, key=lambda r: (r["segment"] != "all", r["segment"]))
     return _table("Retrieval on held-out queries", "run", RETRIEVAL_COLUMNS, ordered)
+
+
+def ablation_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Judges by row, means over seeds; intervals over queries where there is room for them."""
+    headings, rows = wide(records)
+    table = Table(title="Judge ablation on held-out queries, percent", title_justify="left")
+    for i, name in enumerate(headings):
+        table.add_column(escape(name), justify="right" if i else "left", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def ablation_rows_table(rows: Sequence[Any]) -> Table:
+    """Every row of an ablation: what it adds, and the settings that make it."""
+    table = Table(title="Rows", title_justify="left")
+    for name in ("row", "title", "adds", "settings"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("row", "title"))
+    for row in rows:
+        table.add_row(row.key, row.title, escape(row.adds), escape("\n".join(row.settings)))
+    return table
 
 
 def stage_table(reports: Sequence[StageReport]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -216,7 +216,7 @@ def judge_calibrated(
     from models.judge.spec import JudgeSpec
 
     folder = ctx.open(judge)
-    pairs = _sample(open_store(ctx, store).pairs("validation"), config.max_pairs, 0)
+    pairs = sample_pairs(open_store(ctx, store).pairs("validation"), config.max_pairs, 0)
     scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in pairs], "calibration")
     cumpt, f1 = calibrate(scores, np.array([p.grade for p in pairs]))
     shutil.copytree(folder, ctx.out, dirs_exist_ok=True)
@@ -238,20 +238,28 @@ def judge_answers(
     store: ArtifactRef,
 ) -> Mapping[str, float]:
     """One judge's probabilities and decoded reasoning on the frozen test pairs."""
-    import json
-
-    import numpy as np
-
-    from models.evaluation.judge import grade_metrics
     from models.judge.answers import decode_greedy
     from models.judge.scoring import ScoringJudge
     from models.judge.spec import JudgeSpec
 
     spec = JudgeSpec.read(ctx.open(prompt))
-    pairs = _sample(open_store(ctx, store).pairs("test"), config.max_pairs, config.seed)
+    pairs = sample_pairs(open_store(ctx, store).pairs("test"), config.max_pairs, config.seed)
     model = ScoringJudge.open(weights_path(ctx, judge), spec, ctx.settings.torch_device)
     scores = model.score([(p.query, p.product) for p in pairs], "test pairs")
     texts = decode_greedy(model, pairs[: config.reasoning_pairs], config.max_new_tokens)
+    return answer_rows(ctx, pairs, scores, texts)
+
+
+def answer_rows(
+    ctx: StageContext, pairs: list[Any], scores: Any, texts: Sequence[tuple[str, bool]] = ()
+) -> Mapping[str, float]:
+    """Write answers.json: P(grade) of every pair, and what was decoded for the first of them."""
+    import json
+
+    import numpy as np
+
+    from models.evaluation.judge import grade_metrics
+
     rows: list[dict[str, Any]] = [
         {
             "query_id": p.query.query_id,
@@ -287,7 +295,7 @@ def _open_judge(ctx: StageContext, ref: ArtifactRef) -> Any:
     return ScoringJudge.load(ctx.open(ref), ctx.settings.torch_device)
 
 
-def _sample(pairs: list[Any], count: int, seed: int) -> list[Any]:
+def sample_pairs(pairs: list[Any], count: int, seed: int) -> list[Any]:
     """A fixed random sample, so that every judge answers the same pairs."""
     import random
 

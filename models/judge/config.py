@@ -68,7 +68,7 @@ class SamplesConfig(BaseModel):
 
     prompts: int = Field(64, ge=1)
     """Test pairs, the first of those that are scored."""
-    samples: int = Field(5, ge=1)
+    samples: int = Field(5, ge=2)
     """Responses a pair; pass@1..samples is reported."""
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(64, ge=1)

@@ -1,8 +1,7 @@
 """The baseline that reads a pair and grades it, without words: the BERT row [TaoSR1 s4].
 
 Consumes labelled pairs and an encoder -> produces a sequence classifier of four grades, a plain
-transformers folder. It reads what the judge reads of a pair (query, item, evidence), not the rules,
-which are the same for every pair; so the row differs from the judge's by the model and its training.
+transformers folder. It reads what the judge reads of a pair (query, item, evidence) but the rules.
 
 Departures: the paper's has 24 layers, the default here six; pairs are drawn class-balanced, as for
 SFT. No epoch is chosen on validation: the last one is the model.
@@ -31,6 +30,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from models.errors import DataContractError, DivergenceError, WeightsError, explain
 from models.judge.config import CrossEncoderConfig
@@ -138,6 +138,7 @@ class CrossEncoder:
 
 def _load(path: str, **options: Any) -> tuple[Any, Any]:
     """A sequence classifier and its tokenizer; safetensors only, no code of the folder is run."""
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(

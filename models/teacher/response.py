@@ -77,7 +77,7 @@ def render_response(
 
 
 def in_order(response: str, order: Order) -> str:
-    """A grade-first response in `order`: the grade's line moved to the end, left alone, or as it is.
+    """A grade-first response in `order`: its grade last, the grade alone, or as it is.
 
     >>> in_order("4\\nquery: sofa\\nitem: couch", "think_then_respond")
     'query: sofa\\nitem: couch\\n4'

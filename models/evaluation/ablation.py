@@ -1,0 +1,188 @@
+"""The judge's ablation: every row's metrics, averaged over seeds, with intervals over queries.
+
+Consumes what each judge answered on the same held-out pairs, once a seed -> produces plain rows,
+one a judge and metric. Intervals are 95 % percentile ones of the mean over seeds: queries are drawn
+with replacement, the same draws for every row and seed, so that the difference to the row before is
+a paired one. The spread is the standard deviation over seeds, what training noise alone moves.
+
+Shapes: B resamples, N pairs, Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.errors import DataContractError, explain
+from models.evaluation.pass_at_k import pass_at_k
+from models.evaluation.query_bootstrap import (
+    grade_metrics_under,
+    query_weights,
+    ratio_under,
+    spearman_under,
+)
+from models.rules.table import contradicts
+from models.teacher.response import Order, ParseOutcome, parse_response
+from models.types import GRADES
+
+Answer = Mapping[str, Any]
+"""query_id, product_id, grade, p [4] (majority: `said`), and response, finished where decoded."""
+Sample = Mapping[str, Any]
+"""query_id, product_id, n, correct: responses drawn for one pair, and how many have its grade."""
+
+COMPARED = "macro_f1"
+"""The metric whose difference to the row before is reported."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One judge and one seed: answers on all pairs, and sampled responses where there are some."""
+
+    answers: Sequence[Answer]
+    samples: Sequence[Sample] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One judge: its name, its response format, and one `Answered` a seed."""
+
+    name: str
+    order: Order
+    seeds: Sequence[Answered]
+
+
+def majority_row(answers: Sequence[Answer], grade: int) -> Row:
+    """The judge that always says `grade`, on the pairs of `answers`."""
+    keys = ("query_id", "product_id", "grade")
+    constant = [{**{k: a[k] for k in keys}, "said": grade} for a in answers]
+    return Row("majority", "label_only", [Answered(constant)])
+
+
+def ablation_rows(
+    rows: Sequence[Row], num_samples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """One record a row and metric: judge, metric, mean, low, high, spread, seeds, n.
+
+    spread: None for one seed. n: pairs, or responses or prompts where the metric is about those.
+    Metric `macro_f1_gain` is the difference to the row before. A metric a row does not have (no
+    probabilities, no steps) has no record.
+
+    Raises:
+        DataContractError: rows about different pairs.
+    """
+    pairs = _pairs(rows[0].seeds[0].answers)
+    query_of = {q: i for i, q in enumerate(dict.fromkeys(q for q, _, _ in pairs))}
+    weights_BQ = query_weights(len(query_of), num_samples, seed)
+    out: list[dict[str, Any]] = []
+    before: np.ndarray | None = None
+    for row in rows:
+        by_seed, counts = [], dict[str, int]()
+        for answered in row.seeds:
+            if _pairs(answered.answers) != pairs:
+                raise DataContractError(
+                    explain(f"other pairs in {row.name!r}", "the same ones", "use one store")
+                )
+            metrics, counts = _metrics(answered, row.order, query_of, weights_BQ)
+            by_seed.append(metrics)
+        means = {}
+        for metric in (m for m in by_seed[0] if all(m in other for other in by_seed)):
+            values_SB = np.array([m[metric] for m in by_seed])
+            means[metric] = values_SB.mean(0)
+            if np.isfinite(means[metric][0]):  # a grade that is nowhere has no F1
+                out.append(_record(row.name, metric, values_SB, counts[metric]))
+        if before is not None:
+            gain_1B = (means[COMPARED] - before)[None]
+            record = _record(row.name, f"{COMPARED}_gain", gain_1B, counts[COMPARED])
+            out.append(record | {"seeds": len(row.seeds)})
+        before = means[COMPARED]
+    return out
+
+
+def _pairs(answers: Sequence[Answer]) -> list[tuple[str, str, int]]:
+    return [(a["query_id"], a["product_id"], a["grade"]) for a in answers]
+
+
+def _record(name: str, metric: str, values_SB: np.ndarray, n: int) -> dict[str, Any]:
+    """Column 0 holds the metric itself, the others its resamples."""
+    mean_B = values_SB.mean(0)
+    low, high = np.nanpercentile(mean_B[1:], [2.5, 97.5])
+    seeds = len(values_SB)
+    return {
+        "judge": name,
+        "metric": metric,
+        "mean": float(mean_B[0]),
+        "low": float(low),
+        "high": float(high),
+        "spread": float(values_SB[:, 0].std(ddof=1)) if seeds > 1 else None,
+        "seeds": seeds,
+        "n": n,
+    }
+
+
+def _metrics(
+    answered: Answered, order: Order, query_of: Mapping[str, int], weights_BQ: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Every metric under every row of weights, and how many items it is about."""
+    answers = answered.answers
+    gold_N = np.array([a["grade"] for a in answers])
+    query_N = np.array([query_of[a["query_id"]] for a in answers])
+    told = "said" in answers[0]
+    p_NL = None if told else np.array([a["p"] for a in answers], dtype=np.float64)
+    said_N = np.array([a["said"] for a in answers]) if p_NL is None else p_NL.argmax(1) + 1
+    out = grade_metrics_under(gold_N, said_N, query_N, weights_BQ)
+    if p_NL is not None:
+        expected_N = p_NL @ np.array(GRADES)
+        out["spearman"] = spearman_under(expected_N, gold_N, query_N, weights_BQ)
+    counts = dict.fromkeys(out, len(answers))
+    for more, n in (
+        _reasoning(answers, order, query_of, weights_BQ),
+        _passes(answered.samples, query_of, weights_BQ),
+    ):
+        out |= more
+        counts |= dict.fromkeys(more, n)
+    return out, counts
+
+
+def _reasoning(
+    answers: Sequence[Answer], order: Order, query_of: Mapping[str, int], weights_BQ: np.ndarray
+) -> tuple[dict[str, np.ndarray], int]:
+    """Rule adherence and contradiction rate of greedy responses, as in `reasoning_metrics`."""
+    spoken = [a for a in answers if "response" in a]
+    if order == "label_only" or not spoken:
+        return {}, 0
+    read = [parse_response(a["response"], order, a["finished"]) for a in spoken]
+    query_M = np.array([query_of[a["query_id"]] for a in spoken])
+    stated_M = np.array([r.grade is not None and r.verdicts is not None for r in read], float)
+    broken_M = np.array(
+        [
+            r.grade is not None and r.verdicts is not None and contradicts(r.grade, r.verdicts)
+            for r in read
+        ],
+        float,
+    )
+    whole_M = np.array([r.outcome is ParseOutcome.OK for r in read], float)
+    ones_M = np.ones(len(read))
+    out = {"rule_adherence": ratio_under(whole_M * (1 - broken_M), ones_M, query_M, weights_BQ)}
+    if stated_M.any():
+        out["contradiction_rate"] = ratio_under(broken_M, stated_M, query_M, weights_BQ)
+    return out, len(read)
+
+
+def _passes(
+    samples: Sequence[Sample], query_of: Mapping[str, int], weights_BQ: np.ndarray
+) -> tuple[dict[str, np.ndarray], int]:
+    """pass@1..n over the sampled pairs; right is the gold grade, whatever the steps say."""
+    if not samples:
+        return {}, 0
+    query_M = np.array([query_of[s["query_id"]] for s in samples])
+    ones_M = np.ones(len(samples))
+    passes = {
+        f"pass@{k}": np.array([pass_at_k(s["n"], s["correct"], k) for s in samples])
+        for k in range(1, min(s["n"] for s in samples) + 1)
+    }
+    return {
+        name: ratio_under(pass_M, ones_M, query_M, weights_BQ) for name, pass_M in passes.items()
+    }, len(samples)
