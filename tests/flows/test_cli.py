@@ -464,3 +464,22 @@ def test_a_champion_whose_files_are_gone(
     finally:
         hidden.rename(weights)
     assert isinstance(chain.artifacts, ArtifactStore)
+
+
+# the ablation
+
+
+def test_ablation_rows_are_listed_with_their_settings(relearn: Relearn, tmp_path: Path) -> None:
+    at = ("--recipe", "smoke", "--home", tmp_path)
+    text = relearn("ablate", "judge", "--list-rows", "--rows", "think-first,dpo", *at).check()
+    assert "judge.prompt.order=think_then_respond" in text and "+ DPO" in text
+    assert "zero-shot" not in text
+
+
+def test_wrong_ablations_are_refused(relearn: Relearn, tmp_path: Path) -> None:
+    at = ("--recipe", "smoke", "--home", tmp_path)
+    relearn("ablate", "judge", "--rows", "dqo", *at).check_refused("dqo", "label-only", "--rows")
+    wrong = ("ablate", "judge", "--seeds", "0,x", "--rows", "dpo")
+    relearn(*wrong, *at).check_refused("--seeds 0,x", "0,1,2")
+    text = relearn("ablate", "judge", "--help").check()
+    assert "--home" in text and "graded" in text

@@ -260,7 +260,13 @@ def test_only_the_asked_layers_are_trained(base: str, pairs: list[Pair], tmp_pat
 
 @pytest.mark.parametrize(
     ("order", "with_steps"),
-    [("respond_then_think", True), ("respond_then_think", False), ("think_then_respond", True)],
+    [
+        ("respond_then_think", True),
+        ("respond_then_think", False),
+        ("think_then_respond", True),
+        ("label_only", True),
+        ("label_only", False),
+    ],
 )
 def test_the_grade_is_where_the_loss_looks_for_it(
     base: str, pairs: list[Pair], order: Any, with_steps: bool

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from models.rules.table import allowed_grades
 from models.teacher.response import (
     ParseOutcome,
+    in_order,
     parse_response,
     render_response,
+    thought,
     verdict_spans,
 )
 from models.teacher.template import gold_verdicts, write
@@ -38,6 +40,42 @@ def test_parse_inverts_render(
 def test_the_grade_comes_first_in_post_cot() -> None:
     text = render_response("a", "b", make_verdicts(), 3, "respond_then_think")
     assert text.split("\n")[0] == "3" and text.split("\n")[3] == "category: match"
+
+
+def test_label_only_is_the_grade_and_no_steps() -> None:
+    text = render_response("a", "b", make_verdicts(), 3, "label_only")
+    read = parse_response(text, "label_only")
+    assert text == "3"
+    assert (read.outcome, read.grade, read.verdicts) == (ParseOutcome.OK, 3, None)
+    for pair in make_pairs(4):
+        assert in_order(write(pair, "respond_then_think"), "label_only") == str(pair.grade)
+        assert write(pair, "label_only") == str(pair.grade)
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "outcome", "grade"),
+    [
+        ("3", False, ParseOutcome.TRUNCATED, 3),
+        ("3\nquery: a", True, ParseOutcome.MALFORMED, 3),
+        ("query: a\n3", True, ParseOutcome.MALFORMED, None),
+        ("three", True, ParseOutcome.MALFORMED, None),
+    ],
+)
+def test_what_is_more_than_a_label_is_malformed(
+    text: str, finished: bool, outcome: ParseOutcome, grade: int | None
+) -> None:
+    read = parse_response(text, "label_only", finished)
+    assert (read.outcome, read.grade, read.verdicts) == (outcome, grade, None)
+
+
+def test_a_thought_ends_where_the_grade_is_due() -> None:
+    whole = write(make_pair(), "think_then_respond")
+    steps = whole.rpartition("\n")[0] + "\n"
+    assert thought(whole) == steps and steps.count("\n") == 5
+    assert thought(steps) == thought(steps.rstrip("\n")) == steps
+    assert thought(f"{steps}and on and on\n4") == steps
+    assert thought("query: a\nit") == "query: a\nit\n"
+    assert thought("4") == thought("") == "\n"
 
 
 @pytest.mark.parametrize(
