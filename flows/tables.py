@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -57,7 +58,8 @@ def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def ablation_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Judges by row, means over seeds; intervals over queries where there is room for them."""
     headings, rows = wide(records)
-    table = Table(title="Judge ablation on held-out queries, percent", title_justify="left")
+    title = "Judge ablation on held-out queries, percent"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(headings):
         table.add_column(escape(name), justify="right" if i else "left", no_wrap=i == 0)
     for row in rows:

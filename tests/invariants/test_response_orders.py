@@ -96,7 +96,7 @@ def test_cut_off_steps_are_graded_as_they_are(base: str) -> None:
     model = judge(base, "think_then_respond", tokens=3)
     for path in model.before_grade(ASKED):
         text = model.encoder.tokenizer.decode(path[-1])
-        assert text.endswith("\n") and len(path[-1]) <= 4 + 3
+        assert text.endswith("\n") and text.count("\n") <= 3 + 1
     p_NL = model.score(ASKED)
     assert np.isfinite(p_NL).all() and p_NL.sum(1) == pytest.approx(1, abs=1e-5)
 
