@@ -2,7 +2,7 @@
 
 Consumes a judge folder -> produces a `Judge`. Rules are read once per loaded model, each query
 once per call, each product once; chunks are filled by length. A judge that thinks first has to
-decode its steps before its grade can be read: a hundred times the work.
+decode its steps before its grade can be read, one token a pass.
 """
 
 from __future__ import annotations

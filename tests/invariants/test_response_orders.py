@@ -118,7 +118,7 @@ def test_a_label_only_judge_answers_with_a_grade_and_ends(base: str, tmp_path: P
     config = SftConfig(
         optimiser=OptimiserConfig(lr=1e-2, bf16=False, checkpoint_every=1000),
         max_pairs=3,
-        epochs=12,
+        epochs=40,
         micro_batch=3,
         accumulate=1,
     )
