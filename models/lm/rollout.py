@@ -77,7 +77,7 @@ def _decode(
     top_k: int,
 ) -> list[Rollout]:
     device = model.device
-    frontier, logits_PV = model.prefill(build_tree(prompts).to(device))
+    frontier, logits_PV = model.prefill(build_tree(prompts).to(device), reserve=max_new_tokens)
     siblings = frontier.siblings(group_size, max_new_tokens)
     logits_RV = logits_PV.repeat_interleave(group_size, dim=0)
     ids: list[list[int]] = [[] for _ in range(len(logits_RV))]

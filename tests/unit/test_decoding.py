@@ -116,13 +116,26 @@ def test_a_model_with_attention_of_its_own_is_refused_not_misread() -> None:
 
 
 @torch.no_grad()
-def test_a_text_beyond_a_sliding_window_is_refused() -> None:
-    model = build("Mistral", sliding_window=6)
-    short, long = [((1,), (2,), (3,))], [((1, 2), (3, 4), (5, 6, 7))]
-    arguments: dict[str, Any] = dict(group_size=2, max_new_tokens=2, end_id=99)
-    sample(model, short, generator=torch.Generator(), **arguments)
-    with pytest.raises(ConfigError, match="a sliding window of 6 tokens"):
-        sample(model, long, generator=torch.Generator(), **arguments)
+def test_decoding_beyond_a_sliding_window_is_refused() -> None:
+    model = build("Mistral", sliding_window=32)
+    frontier, _ = model.prefill(build_tree([((1,), (2, 3), LONG[:28])]))
+    siblings = frontier.siblings(1, 2)
+    model.step(siblings, torch.tensor([1]))
+    with pytest.raises(ConfigError, match="a sliding window of 32 tokens"):
+        model.step(siblings, torch.tensor([1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [30, 40])
+def test_what_would_grow_beyond_a_sliding_window_is_sampled_plainly(tokens: int) -> None:
+    model, prompt = build("Mistral", sliding_window=32), (LONG[:tokens],)
+    generator = torch.Generator().manual_seed(0)
+    arguments: dict[str, Any] = dict(group_size=3, max_new_tokens=4, end_id=99)
+    (group,) = sample(model, [prompt], generator=generator, **arguments)
+    for rollout in group:
+        for i, (token, logp) in enumerate(zip(rollout.ids, rollout.logps, strict=True)):
+            want_V = plain_logits(model, (*sum(prompt, ()), *rollout.ids[:i])).log_softmax(-1)
+            assert logp == pytest.approx(want_V[token].item(), abs=1e-4)
 
 
 def test_prompts_without_a_live_sibling_leave() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.lm.rollout import sample
+from models.lm import rollout
+from models.lm.rollout import COMPACT_AT, sample
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 
 PROMPTS = [((1, 2, 3), (4, 5), (6,)), ((1, 2, 3), (4, 5), (7, 8)), ((1, 2, 3), (9,), (6, 6, 6))]
@@ -29,20 +32,52 @@ def draw(model: SharedPrefixLM, seed: int = 0, **changes: object) -> list:
     return sample(model, PROMPTS, generator=generator, **(arguments | changes))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_logps_equal_the_trainers(model: SharedPrefixLM, temperature: float) -> None:
-    groups = draw(model, temperature=temperature)
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 0), (0.7, 3)])
+def test_sampled_logps_equal_the_trainers(
+    model: SharedPrefixLM, temperature: float, top_k: int
+) -> None:
+    groups = draw(model, temperature=temperature, top_k=top_k)
     paths = [(*p, r.ids) for p, g in zip(PROMPTS, groups, strict=True) for r in g]
     with torch.no_grad():
         got = model.eval()(build_tree(paths), temperature=temperature)
-    for row, rollout in enumerate(r for g in groups for r in g):
-        want = torch.tensor(rollout.logps)
+    for row, drawn in enumerate(r for g in groups for r in g):
+        want = torch.tensor(drawn.logps)
         assert torch.allclose(got.logp_PT[row][got.mask_PT[row]], want, atol=1e-4)
 
 
 def test_same_seed_same_rollouts_and_another_seed_others(model: SharedPrefixLM) -> None:
     assert draw(model) == draw(model)
     assert draw(model) != draw(model, seed=1)
+
+
+def test_finished_rows_are_no_longer_computed(
+    model: SharedPrefixLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed: list[int] = []
+    step = SharedPrefixLM.step
+
+    def counted(self: SharedPrefixLM, siblings: Any, ids_R: torch.Tensor) -> torch.Tensor:
+        fed.append(len(ids_R))
+        return step(self, siblings, ids_R)
+
+    monkeypatch.setattr(SharedPrefixLM, "step", counted)
+    groups = draw(model, group_size=16)
+    assert fed[0] == 48 and fed[-1] <= 24
+    for i, rows in enumerate(fed):  # what is fed at step i has a token after its i-th
+        alive = [sum(len(r.ids) > i + 1 for r in group) for group in groups]
+        needed = sum(map(bool, alive)) * max(alive)
+        assert COMPACT_AT * rows <= needed <= rows
+
+
+def test_what_is_left_goes_on_as_if_nothing_had_been_dropped(
+    model: SharedPrefixLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = dict(temperature=0.0, group_size=1, end_id=draw(model)[0][0].ids[1])
+    dropped = draw(model, **greedy)
+    assert len({len(g[0].ids) for g in dropped}) > 1
+    monkeypatch.setattr(rollout, "COMPACT_AT", 0.0)
+    kept = draw(model, **greedy)
+    assert [g[0].ids for g in kept] == [g[0].ids for g in dropped]
 
 
 def test_rows_stop_at_the_end_token_or_at_the_limit(model: SharedPrefixLM) -> None:

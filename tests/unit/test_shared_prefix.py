@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.lm import shared_prefix
+from models.lm import tree
 from models.lm.shared_prefix import Path, SharedPrefixLM, build_tree
 
 VOCAB = 60
@@ -57,7 +59,7 @@ def trees(draw: st.DrawFn) -> list[Path]:
 def test_logps_equal_plain_forward_for_any_tree_and_any_joining(
     lm: LlamaForCausalLM, pass_tokens: int, paths: list[Path]
 ) -> None:
-    before, shared_prefix.PASS_TOKENS = shared_prefix.PASS_TOKENS, pass_tokens
+    before, tree.PASS_TOKENS = tree.PASS_TOKENS, pass_tokens
     try:
         with torch.no_grad():
             got = SharedPrefixLM(lm)(build_tree(paths))
@@ -66,14 +68,58 @@ def test_logps_equal_plain_forward_for_any_tree_and_any_joining(
                 assert int(got.mask_PT[row].sum()) == len(path[-1])
                 assert torch.allclose(got.logp_PT[row, : len(path[-1])], want, atol=1e-4)
     finally:
-        shared_prefix.PASS_TOKENS = before
+        tree.PASS_TOKENS = before
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_logps_equal_padded_batches_of_any_size_and_side(
+    lm: LlamaForCausalLM, side: str, rows: int
+) -> None:
+    rng = random.Random(rows)
+
+    def run(longest: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1, VOCAB) for _ in range(rng.randint(1, longest)))
+
+    root, queries = run(70), [run(60), run(60)]
+    paths = [(root, queries[i % 2], run(30), run(12)) for i in range(8)]
+    got, want = [], []
+    with torch.no_grad():
+        for start in range(0, 8, rows):
+            part = paths[start : start + rows]
+            out = SharedPrefixLM(lm)(build_tree(part))
+            got += [logp[mask] for logp, mask in zip(out.logp_PT, out.mask_PT, strict=True)]
+            want += padded_logps(lm, part, side)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, want, strict=True))
+
+
+def padded_logps(lm: LlamaForCausalLM, paths: list[Path], side: str) -> list[torch.Tensor]:
+    """What transformers itself computes for one batch padded on `side`."""
+    texts = [sum(path, ()) for path in paths]
+    width = max(map(len, texts))
+    fill = [(0,) * (width - len(text)) for text in texts]
+    if side == "left":
+        ids = torch.tensor([f + t for f, t in zip(fill, texts, strict=True)])
+        ends = [width] * len(texts)
+    else:
+        ids = torch.tensor([t + f for f, t in zip(fill, texts, strict=True)])
+        ends = [len(text) for text in texts]
+    mask = (ids != 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = lm(ids, attention_mask=mask, position_ids=positions).logits.log_softmax(-1)
+    out = []
+    for row, (path, end) in enumerate(zip(paths, ends, strict=True)):
+        start = end - len(path[-1])
+        target = torch.tensor(path[-1])[:, None]
+        out.append(logits[row, start - 1 : end - 1].gather(1, target)[:, 0])
+    return out
 
 
 @pytest.mark.parametrize("pass_tokens", [-1, 48])
 def test_gradients_equal_plain_forward(
     lm: LlamaForCausalLM, pass_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_prefix, "PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr(tree, "PASS_TOKENS", pass_tokens)
     root, query = tuple(range(1, 40)), (3, 4)
     paths = [(root, query, (i, i + 1), tuple(range(i, i + 3 + i % 2))) for i in range(1, 6)]
     weights = torch.arange(1.0, 6.0)
