@@ -1,4 +1,4 @@
-# make setup | run | up | down | test | bench-retriever | lint | clean     needs Python 3.11+, pip and make
+# make setup | run | up | down | test | bench-retriever | bench-judge | lint | clean     needs Python 3.11+, pip and make
 SHELL  := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # bytecode is worth a factor of 3 in import time, whatever the surroundings say
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run up down test test-live bench-retriever lint clean
+.PHONY: help setup run up down test test-live bench-retriever bench-judge lint clean
 help:
 	@echo "make setup   build $(VENV) and fetch the model weights (once)"
 	@echo "make run     run the whole chain; pass options with ARGS='--recipe smoke'"
@@ -20,6 +20,7 @@ help:
 	@echo "make down    stop exactly those"
 	@echo "make test    run the tests (make test-live: with the real servers, a minute or two)"
 	@echo "make bench-retriever   time, memory and recall of the index kinds; ARGS='10000 1000000'"
+	@echo "make bench-judge       the shared-prefix engine against plain forwards and TRL; ARGS='--full'"
 	@echo "make lint    ruff, mypy and the import contracts"
 	@echo "make clean   remove $(VENV) and caches (weights and .relearn stay)"
 
@@ -57,6 +58,9 @@ test: setup
 
 bench-retriever: $(VENV)/.installed
 	@$(BIN)/python tests/benchmarks/bench_retriever.py $(ARGS) 2> >(grep -vE "product/s|WARN" >&2)
+
+bench-judge: setup
+	@OMP_NUM_THREADS=2 $(BIN)/python tests/benchmarks/bench_judge.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
