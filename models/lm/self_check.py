@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest gap of a log-prob, as a share of the log-prob where that exceeds one nat. In bf16 the two
-orders of summation differ by its eight bits through all layers (measured: infra/LOG.md)."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+"""Largest gap of a log-prob, as a share of the log-prob where that exceeds one nat. In bf16 it is
+three times what thirty random layers show (infra/LOG.md)."""
 
 _VERDICTS: dict[tuple[Any, ...], bool] = {}
 
@@ -75,10 +75,10 @@ def built_tree(vocab_size: int) -> PromptTree:
             (start * 31 + 7 * i) % (vocab_size // 2) + vocab_size // 4 for i in range(count)
         )
 
-    root, short, long = run(1, 7), run(2, 3), run(3, 6)
+    root, short, long = run(1, 7), run(2, 2), run(3, 9)
     paths = [
         (root, short, run(4, 2), run(5, 3)),
-        (root, short, run(6, 5), run(7, 1)),
+        (root, short, run(6, 7), run(7, 1)),
         (root, long, run(8, 4), run(9, 2)),
     ]
     return build_tree(paths, pass_tokens=-1)

@@ -245,8 +245,11 @@ class Bench:
             )
         ]
         self.lm.train()
-        theirs = trainer._compute_loss(self.lm, batch | {"old_per_token_logps": old_BT})
-        return self.gap(lambda: self.update_ours(members), lambda: _backward(theirs))
+        batch["old_per_token_logps"] = old_BT
+        return self.gap(
+            lambda: self.update_ours(members),
+            lambda: _backward(trainer._compute_loss(self.lm, batch)),
+        )
 
     def gap(self, ours: Step, theirs: Step) -> tuple[float, float]:
         """|difference| of the two losses, and that of the gradients relative to their norm."""

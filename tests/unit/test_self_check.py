@@ -184,6 +184,13 @@ def test_a_right_architecture_shares_its_prefixes_in_silence(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_right_and_wrong_are_told_apart_in_half_precision(dtype: torch.dtype) -> None:
+    wide = dict(hidden_size=128, intermediate_size=256, head_dim=32)
+    assert agrees(SharedPrefixLM(llama(**wide).to(dtype)))
+    assert not agrees(SharedPrefixLM(llama(CountsItself, **wide).to(dtype)))
+
+
 def test_each_kind_of_model_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
     real = self_check._compare
