@@ -1,13 +1,14 @@
 """The judge's shared-prefix engine against the plain forward and TRL's trainers.
 
-    python tests/benchmarks/bench_judge.py [--tiny] [--full] [--weights DIR] [--minutes 8]
+    python tests/benchmarks/bench_judge.py [--tiny] [--full] [--weights DIR] [--minutes 6]
                                            [--only scoring grpo dpo sft growth]
 
 Prints one figure a line, `name value unit`; progress and the machine go to stderr. Every speed is
 a ratio inside one run: the two sides take turns (A B, B A, ...) on one model in one process, the
 ratio is taken within each turn, and the median turn counts: what else the machine does hits both.
 `speedup` compares wall clock, `speedup_cpu` CPU seconds: on a busy machine believe the latter.
-`loss_gap` and `gradient_gap` show that both sides computed the same thing. Warm-up is not counted.
+`token_ratio` is what sharing saves in tokens, on any machine. `loss_gap` and `gradient_gap` show
+that both sides computed the same thing. Warm-up is not counted.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def scoring(make: Callable[[Shape], Bench], shape: Shape, clock: Clock, name: st
     del warm
     bench = make(shape)
     show(f"{name}/prompt", bench.prompt_tokens, "tokens")
+    show(f"{name}/token_ratio", bench.token_ratio(0), "ratio")
     clock.compare(name, bench.score_ours, bench.score_plain)
 
 
@@ -110,6 +112,7 @@ def grpo(make: Callable[[Shape], Bench], shape: Shape, clock: Clock, name: str) 
     bench = make(replace(shape, products=1))
     theirs, _ = bench.grpo_trl()
     show(f"{name}/prompt", bench.prompt_tokens, "tokens")
+    show(f"{name}/token_ratio", bench.token_ratio(shape.group), "ratio")
     clock.compare(name, clean(bench, bench.grpo_ours), clean(bench, theirs))
 
 
@@ -120,6 +123,7 @@ def dpo(make: Callable[[Shape], Bench], shape: Shape, clock: Clock, name: str) -
     bench = make(replace(shape, products=2))
     theirs = bench.dpo_trl()
     show(f"{name}/prompt", bench.prompt_tokens, "tokens")
+    show(f"{name}/token_ratio", bench.token_ratio(2), "ratio")
     clock.compare(name, clean(bench, bench.dpo_ours), clean(bench, theirs))
 
 
@@ -130,6 +134,7 @@ def sft(make: Callable[[Shape], Bench], shape: Shape, clock: Clock, name: str) -
     bench = make(replace(shape, products=4))
     theirs = bench.sft_trl()
     show(f"{name}/prompt", bench.prompt_tokens, "tokens")
+    show(f"{name}/token_ratio", bench.token_ratio(1), "ratio")
     clock.compare(name, clean(bench, bench.sft_ours), clean(bench, theirs))
 
 

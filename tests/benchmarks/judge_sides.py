@@ -76,6 +76,19 @@ class Bench:
         """Mean length of a prompt, in tokens."""
         return sum(len(s) for p in self.prompts for s in p) / len(self.prompts)
 
+    def token_ratio(self, responses: int) -> float:
+        """Tokens of all texts by those of their tree, `responses` of different text a prompt.
+
+        What sharing saves whatever the machine: a bound on a speedup, but for the other side's
+        padding. 0 responses: the prompts alone.
+        """
+        paths = self.prompts
+        if responses:
+            drawn = [(100 + i,) * self.shape.response for i in range(responses)]
+            paths = [(*prompt, ids) for prompt in self.prompts for ids in drawn]
+        plain = sum(len(segment) for path in paths for segment in path)
+        return plain / build_tree(paths).num_tokens
+
     # scoring
 
     def score_ours(self) -> torch.Tensor:

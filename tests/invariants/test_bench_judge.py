@@ -21,6 +21,8 @@ def test_every_comparison_is_of_equal_things(capsys: pytest.CaptureFixture[str])
     for stage in ("grpo", "dpo", "sft", "grpo/G2"):
         assert got[f"{stage}/loss_gap"] < 1e-4
         assert got[f"{stage}/gradient_gap"] < 1e-3
+    assert got["scoring/K1/token_ratio"] == 1 < got["scoring/K4/token_ratio"] < 4
+    assert 1 < got["grpo/G2/token_ratio"] < 2 < got["grpo/token_ratio"] < 8
     parts = ("scoring", "grpo", "dpo", "sft", "scoring/K1", "scoring/K4", "scoring/prefix20")
     assert all(got[f"{part}/speedup"] > 0 and got[f"{part}/turns"] == 1 for part in parts)
 
