@@ -3,7 +3,8 @@
 Consumes an encoder and products -> produces row numbers of a catalogue pool, with its vectors.
 
 Two pools. "index": the whole catalogue, or a seeded sample of it, embedded every so often and
-searched exactly; stale between refreshes, and the staleness is stated in steps. "batch": the
+searched exactly; stale between refreshes, and the staleness is stated in steps (`pool_age`) and
+measured at each refresh (`stale_share`). "batch": the
 positives gathered in the batch, as in the paper, always fresh but noisy.
 
 Shapes: N products, Q queries, K candidates, D dim.
@@ -87,6 +88,16 @@ class CandidatePool:
                 explain(f"{len(self.products)} products", f"at least k = {k}", "lower k")
             )
         return self._index.rows(vectors_QD, k)
+
+
+def stale_share(stale_QK: np.ndarray, fresh_QK: np.ndarray) -> float:
+    """Share of the fresh Top-K that the stale one had missed, mean over queries; both [Q, K].
+
+    >>> stale_share(np.array([[1, 2]]), np.array([[2, 3]]))
+    0.5
+    """
+    rows = zip(stale_QK.tolist(), fresh_QK.tolist(), strict=True)
+    return float(np.mean([len(set(fresh) - set(stale)) / len(fresh) for stale, fresh in rows]))
 
 
 def batch_pool(rows: Sequence[int], scores_QP: np.ndarray, k: int) -> np.ndarray:

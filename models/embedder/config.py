@@ -1,14 +1,14 @@
-"""Settings of the two embedder stages; light, so that a form can be shown without torch."""
+"""Settings of the embedder's stages; light, so that a form can be shown without torch."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
-class ContrastiveConfig(BaseModel):
-    """Contrastive SFT. What the paper does not print is ours: two minutes on two cores."""
+class FitConfig(BaseModel):
+    """What every stage that fits an encoder with sentence-transformers' trainer can set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -18,14 +18,26 @@ class ContrastiveConfig(BaseModel):
     """Passes over the pairs, when `steps` is None."""
     batch_size: int = Field(default=32, ge=2)
     """Pairs a step; each is a negative for the others."""
-    global_negatives: int = Field(default=32, ge=0)
-    """Products drawn uniformly from the whole catalogue, a step [TaoSearchEmb s3.1]."""
     tau: float = Field(default=0.05, gt=0)
     """Temperature; 1/20 as in sentence-transformers."""
     lr: float = Field(default=5e-5, gt=0)
     """Peak learning rate of AdamW, linear decay."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps spent warming up."""
+    max_tokens: int | None = Field(default=128, ge=8)
+    """Longest text in training, in tokens; None: the encoder's own limit."""
+    bf16: bool = True
+    """bf16 autocast (1.7 times faster on CPUs that have it)."""
+    save_every: int = Field(default=20, ge=1)
+    """Steps between two checkpoints."""
+    seed: int = 0
+
+
+class ContrastiveConfig(FitConfig):
+    """Contrastive SFT. What the paper does not print is ours: two minutes on two cores."""
+
+    global_negatives: int = Field(default=32, ge=0)
+    """Products drawn uniformly from the whole catalogue, a step [TaoSearchEmb s3.1]."""
     max_pairs: int | None = Field(default=20_000, ge=2)
     """Pairs kept, drawn at random; None: all."""
     min_grade: int = Field(default=4, ge=2, le=4)
@@ -37,13 +49,62 @@ class ContrastiveConfig(BaseModel):
     """Whether known positives and copies are masked out of the negatives."""
     chunk: int | None = Field(default=None, ge=1)
     """Texts embedded at once, by gradient caching: memory for a second forward. None: all."""
-    max_tokens: int | None = Field(default=128, ge=8)
-    """Longest text in training, in tokens; None: the encoder's own limit."""
-    bf16: bool = True
-    """bf16 autocast (1.7 times faster on CPUs that have it)."""
-    save_every: int = Field(default=20, ge=1)
-    """Steps between two checkpoints."""
+    matryoshka_dims: tuple[PositiveInt, ...] = ()
+    """Widths trained at once: the loss is the mean over them, each on the first so many numbers of
+    a vector. Name the full width too. Empty: the full width alone. See `index.dim`."""
+
+
+class MiningConfig(BaseModel):
+    """Hard negatives: near a query for the SFT encoder, and poor for the judge."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_queries: int | None = Field(default=128, ge=1)
+    """Train queries mined, drawn at random among those with a positive; None: all."""
+    depth: int = Field(default=20, ge=1)
+    """Nearest products that the judge reads, a query."""
+    per_query: int = Field(default=4, ge=1)
+    """Negatives kept a query, the nearest first."""
+    max_good: float = Field(default=0.5, ge=0, le=1)
+    """Largest P3 + P4 of a negative; .5: the judge says grade 1 or 2."""
     seed: int = 0
+
+
+class HardNegativeConfig(FitConfig):
+    """One stage on mined hard negatives: the paper's two rivals of Retrieval-GRPO."""
+
+    steps: int | None = Field(default=36, ge=1)
+    """Optimiser steps; None: `epochs` decides."""
+    batch_size: int = Field(default=16, ge=2)
+    """Pairs a step, each with `negatives` mined ones."""
+    negatives: int = Field(default=4, ge=1)
+    """Mined negatives of a pair; where its query has fewer, they are repeated."""
+    loss: Literal["infonce", "margin", "dpo"] = "infonce"
+    """infonce: the positive among its mined negatives. margin: hinge on each. dpo: preference of
+    the positive over each, on similarities, the start as the reference."""
+    margin: float = Field(default=0.1, ge=0)
+    """Cosine by which a positive must be ahead; for `margin` alone."""
+    beta: float = Field(default=0.1, gt=0)
+    """DPO's beta, on s / tau; for `dpo` alone."""
+    sft_weight: float = Field(default=1.0, ge=0)
+    """Weight of in-batch InfoNCE beside it, as in Retrieval-GRPO; 0 turns it off."""
+    min_grade: int = Field(default=4, ge=2, le=4)
+    """Judgments from this grade on are positives."""
+    lr: float = Field(default=4e-5, gt=0)
+    """Peak learning rate of AdamW, linear decay."""
+
+
+class EncoderConfig(BaseModel):
+    """How a base model without such settings of its own becomes an encoder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    pooling: Literal["mean", "cls", "lasttoken"] = "mean"
+    """mean for BERT-like models, lasttoken for decoder LLMs."""
+    query_prompt: str = ""
+    """Put before every query, e.g. "Instruct: find products that answer the query\nQuery: "."""
+    document_prompt: str = ""
+    """Put before every product."""
 
 
 class RetrievalGRPOConfig(BaseModel):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from models.embedder.config import EncoderConfig
 from models.errors import DivergenceError, WeightsError, explain
 from models.lm.precision import autocast
 from models.text import product_text
@@ -45,14 +47,43 @@ def load_encoder(path: str, device: str = "cpu") -> SentenceTransformer:
             model_kwargs={"use_safetensors": True},
         )
     except (OSError, ValueError) as error:
-        raise WeightsError(
-            explain(
-                f"no usable encoder at {path!r} ({str(error).splitlines()[0]})",
-                "a sentence-transformers folder or hub id with safetensors",
-                "run `make setup`, or set the embedder's path to a folder you have",
-            )
-        ) from error
+        raise _unusable(path, error) from error
     return encoder.eval()
+
+
+def _unusable(path: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        explain(
+            f"no usable encoder at {path!r} ({str(error).splitlines()[0]})",
+            "a sentence-transformers folder or hub id with safetensors",
+            "run `make setup`, or set the embedder's path to a folder you have",
+        )
+    )
+
+
+def prepare_encoder(path: str, config: EncoderConfig, out: Path) -> None:
+    """Write a base model with the pooling and prompts of `config` to `out`.
+
+    For models that come without them: a BERT (mean), or a decoder LLM (last token, with an
+    instruction before the query). A model that is a sentence-transformers one already needs none.
+
+    Raises:
+        WeightsError: nothing there, or no safetensors in it.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    try:
+        body = modules.Transformer(path, model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+    pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=config.pooling)
+    encoder = SentenceTransformer(
+        modules=[body, pooling, modules.Normalize()],
+        prompts={"query": config.query_prompt, "document": config.document_prompt},
+        device="cpu",
+    )
+    encoder.save_pretrained(str(out), safe_serialization=True, create_model_card=False)
 
 
 def embed(encoder: SentenceTransformer, texts: Sequence[str], side: Side) -> torch.Tensor:

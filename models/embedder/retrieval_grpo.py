@@ -219,7 +219,8 @@ def train_retrieval_grpo(
     `scratch` if a checkpoint is there.
 
     Logs `embedder/rgrpo/...`: loss, reward_mean, reward/<name>, reward_std, frac_reward_zero_std,
-    kl, clip_ratio, entropy, sft_loss, grad_norm; at each refresh val_recall, val_reward,
+    kl, clip_ratio, entropy, sft_loss, grad_norm, pool_age (steps since the pool was embedded); at
+    each refresh stale_share (of the Top-K that the old pool had missed), val_recall, val_reward,
     val_reward/<name>, spread.
 
     Returns:

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.embedder.candidates import CandidatePool, batch_pool, sample_pool
+from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
-from models.embedder.contrastive import PositivePair, known_positives, positive_pairs
 from models.embedder.encoder import embed, encode, load_encoder
+from models.embedder.pairs import PositivePair, known_positives, positive_pairs
 from models.embedder.retrieval_grpo import retrieval_grpo
 from models.errors import DataContractError, DivergenceError, explain
 from models.lm.precision import autocast
@@ -190,12 +190,17 @@ class Run:
         self.ref_queries_QD = encode(self.encoder, texts, prompt="query", bf16=self.config.bf16)
         self.ref_pool_ND = self.pool.vectors_ND
         np.savez(self.scratch / "reference.npz", queries=self.ref_queries_QD, pool=self.ref_pool_ND)
-        self._look()
+        self._look(self._val_vectors())
         self._checkpoint()
 
     def _refresh(self) -> None:
+        """Embed the pool anew, and say how wrong the old one had become."""
+        vectors_QD, k = self._val_vectors(), min(self.config.k, len(self.pool.products))
+        stale_QK = self.pool.top_k(vectors_QD, k)
         self.pool.refresh(self.encoder, f"retrieval-grpo: pool at step {self.step}")
-        self._look()
+        stale = stale_share(stale_QK, self.pool.top_k(vectors_QD, k))
+        self.sink.log({"embedder/rgrpo/stale_share": stale}, self.step)
+        self._look(vectors_QD)
         self._checkpoint()
 
     def _draw(self, number: int) -> Batch:
@@ -295,9 +300,10 @@ class Run:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), config.max_grad_norm)
         self.optimiser.step()
+        metrics |= {"grad_norm": float(norm), "pool_age": float(self.pool.age)}
         self.step += 1
         self.pool.age += 1
-        metrics |= {"grad_norm": float(norm), "learning_rate": self._lr()}
+        metrics |= {"learning_rate": self._lr()}
         self.sink.log({f"embedder/rgrpo/{k}": v for k, v in metrics.items()}, self.step)
         return metrics
 
@@ -329,9 +335,14 @@ class Run:
 
     # --- the watch ------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _val_vectors(self) -> np.ndarray:
+        """The validation queries [Q, D], embedded now."""
+        texts = [self.store.query_by_id[q].text for q in self.val_relevant]
+        return encode(self.encoder, texts, prompt="query", bf16=self.config.bf16)
+
+    def _look(self, vectors_QD: np.ndarray) -> None:
         """Recall, rewards and spread on validation; keeps the best encoder, stops a collapse."""
-        watch = self._watch()
+        watch = self._watch(vectors_QD)
         self.watches.append(watch)
         self.sink.log({f"embedder/rgrpo/{k}": v for k, v in watch.numbers().items()}, self.step)
         log.info("rgrpo step %d: %s", self.step, watch.numbers())
@@ -345,11 +356,9 @@ class Run:
             self.best = watch
             self._save(self.scratch / "best")
 
-    def _watch(self) -> Watch:
+    def _watch(self, vectors_QD: np.ndarray) -> Watch:
         config = self.config
         queries = [self.store.query_by_id[q] for q in self.val_relevant]
-        texts = [q.text for q in queries]
-        vectors_QD = encode(self.encoder, texts, prompt="query", bf16=config.bf16)
         k = min(config.recall_k, len(self.pool.products))
         products = [[self.pool.products[i] for i in row] for row in self.pool.top_k(vectors_QD, k)]
         recalls = [

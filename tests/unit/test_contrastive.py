@@ -11,17 +11,20 @@ import pyarrow as pa
 import pytest
 import torch
 
+from models.embedder.config import ContrastiveConfig, EncoderConfig
 from models.embedder.contrastive import (
-    ContrastiveConfig,
     ContrastiveLoss,
     PairCollator,
-    positive_pairs,
+    contrastive_loss,
     train_contrastive,
 )
-from models.embedder.encoder import encode, load_encoder
+from models.embedder.encoder import encode, load_encoder, prepare_encoder
+from models.embedder.pairs import positive_pairs
 from models.embedder.tiny import build_tiny_encoder
-from models.errors import DataContractError, WeightsError
+from models.errors import ConfigError, DataContractError, WeightsError
+from models.lm.tiny import build_tiny_lm
 from models.metrics import ListSink
+from models.objectives.infonce import infonce
 from models.schemas import TABLES
 from models.store import Store
 
@@ -173,14 +176,9 @@ def gradients(
 ) -> list[torch.Tensor]:
     encoder = load_encoder(str(encoder_dir)).train(train)
     config = ContrastiveConfig(global_negatives=8)
-    collator = PairCollator(encoder, store, positive_pairs(store, config), config)
-    batch = collator([{"row": i} for i in range(6)])
-    columns = [
-        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(f"{c}_")}
-        for c in ("query", "positive", "negative")
-    ]
+    columns, labels = batch_columns(encoder, store, config)
     torch.manual_seed(0)
-    ContrastiveLoss(encoder, 0.05, chunk)(columns, batch["label"]).backward()
+    ContrastiveLoss(encoder, 0.05, chunk)(columns, labels).backward()
     return [p.grad for p in encoder.parameters() if p.grad is not None]
 
 
@@ -198,6 +196,76 @@ def test_cached_gradients_replay_dropout(encoder_dir: Path, store: Store) -> Non
     full = gradients(encoder_dir, store, None, train=True)
     for a, b in zip(full, one_chunk, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def batch_columns(
+    encoder: Any, store: Store, config: ContrastiveConfig
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Features by column and labels of one batch of six pairs."""
+    batch = PairCollator(encoder, store, positive_pairs(store, config), config)(
+        [{"row": i} for i in range(6)]
+    )
+    columns = [
+        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(f"{c}_")}
+        for c in ("query", "positive", "negative")
+    ]
+    return columns, batch["label"]
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_matryoshka_is_the_mean_over_widths(
+    encoder_dir: Path, store: Store, chunk: int | None
+) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    config = ContrastiveConfig(global_negatives=8, matryoshka_dims=(32, 8), chunk=chunk)
+    columns, labels = batch_columns(encoder, store, config)
+    got = contrastive_loss(encoder, config)([dict(c) for c in columns], labels)
+    got.backward()
+    gradients = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    encoder.zero_grad(set_to_none=True)
+    q, pos, neg = (encoder(dict(c))["sentence_embedding"] for c in columns)
+    widths = [
+        infonce(q[:, :d], pos[:, :d], neg[:, :d], config.tau, labels["masked"], labels["weight"])
+        for d in (32, 8)
+    ]
+    expected = (widths[0] + widths[1]) / 2
+    expected.backward()
+    assert got.item() == pytest.approx(expected.item(), abs=1e-5)
+    wanted = [p.grad for p in encoder.parameters() if p.grad is not None]
+    assert len(gradients) == len(wanted) > 0
+    for a, b in zip(gradients, wanted, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_width_beyond_the_encoder_is_refused(encoder_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="matryoshka_dims"):
+        contrastive_loss(load_encoder(str(encoder_dir)), ContrastiveConfig(matryoshka_dims=(64,)))
+
+
+def test_a_decoder_with_last_token_pooling_and_instruction_learns(
+    store: Store, tmp_path: Path
+) -> None:
+    """A plain causal language model becomes an encoder: its last token, and a query prompt."""
+    corpus = [f"{c} {w} {s} item" for w, s in WORDS.items() for c in COLOURS]
+    build_tiny_lm(tmp_path / "lm", corpus, seed=1)
+    made = EncoderConfig(pooling="lasttoken", query_prompt="Find products: ")
+    prepare_encoder(str(tmp_path / "lm"), made, tmp_path / "encoder")
+    encoder = load_encoder(str(tmp_path / "encoder"))
+    texts = ["red sofa", "a much longer text about a green carpet item"]
+    with torch.no_grad():
+        alone = encoder[0].auto_model(**encoder.tokenizer(texts[0], return_tensors="pt"))
+    last = torch.nn.functional.normalize(alone.last_hidden_state[0, -1], dim=0).numpy()
+    assert np.allclose(encode(encoder, texts)[0], last, atol=1e-5), "padding must not matter"
+    asked = encode(encoder, texts[:1], prompt="query")
+    assert np.allclose(asked, encode(encoder, ["Find products: red sofa"]), atol=1e-5)
+    assert not np.allclose(asked[0], last, atol=1e-3)
+    sink = ListSink()
+    train_contrastive(
+        str(tmp_path / "encoder"), store, FAST, tmp_path / "out", tmp_path / "scratch", sink
+    )
+    losses = sink.series("embedder/contrastive/loss")
+    assert losses[-1] < 0.8 * losses[0]
+    assert load_encoder(str(tmp_path / "out")).prompts["query"] == "Find products: "
 
 
 def test_equal_to_the_loss_of_sentence_transformers(encoder_dir: Path) -> None:

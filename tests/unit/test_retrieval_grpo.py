@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.embedder import retrieval_run
-from models.embedder.candidates import CandidatePool, batch_pool, sample_pool
+from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
 from models.embedder.config import RetrievalGRPOConfig
 from models.embedder.encoder import encode, load_encoder
 from models.embedder.retrieval_grpo import (
@@ -20,7 +20,7 @@ from models.embedder.retrieval_grpo import (
     retrieval_grpo,
     train_retrieval_grpo,
 )
-from models.embedder.retrieval_run import Watch, acceptable, collapse
+from models.embedder.retrieval_run import Run, Watch, acceptable, collapse
 from models.embedder.tiny import build_tiny_encoder
 from models.errors import ConfigError, DataContractError, DivergenceError
 from models.lm.weights import fingerprint
@@ -115,6 +115,35 @@ def test_kl_vanishes_at_the_reference_and_pulls_back_elsewhere() -> None:
     stepped = scores.detach() - 1e-6 * scores.grad
     closer = retrieval_grpo(stepped, flat, ref, tau=1.0, beta=1e6).metrics["kl"]
     assert closer < strong.metrics["kl"]
+
+
+def test_gradient_with_clip_and_kl_as_arithmetic() -> None:
+    """One query, three candidates; rho = (1.44, .78, .78): the first is clipped at 1.2.
+
+    d logp_i / d s_j = ([i = j] - pi_j) / tau and dKL/ds_j = pi_j (log pi_j/ref_j - KL) / tau.
+    """
+    tau, beta = 0.5, 0.3
+    s, old, ref = np.array([0.3, 0.0, 0.0]), np.zeros(3), np.array([0.0, 0.1, 0.0])
+    pi, pi_old, pi_ref = (np.exp(x / tau) / np.exp(x / tau).sum() for x in (s, old, ref))
+    rho, advantage = pi / pi_old, np.array([2.0, -1.0, -1.0]) / np.sqrt(2)
+    assert rho[0] > 1.2 and rho[1] < 0.8
+    live = np.where(advantage > 0, rho <= 1.2, rho >= 0.8) * rho * advantage
+    assert live.tolist() == [0.0, 0.0, 0.0], "above on the good one, below on the bad ones: all cut"
+    gap = np.log(pi / pi_ref)
+    kl_gradient = pi * (gap - (pi * gap).sum()) / tau
+    scores = torch.tensor(s[None], requires_grad=True)
+    rewards = torch.tensor([[1.0, 0.0, 0.0]])
+    arguments = (torch.tensor(ref[None]), torch.tensor(old[None]))
+    retrieval_grpo(scores, rewards, *arguments, tau=tau, beta=beta).loss.backward()
+    assert np.allclose(scores.grad[0].numpy(), beta * kl_gradient, atol=1e-6)
+
+    scores.grad = None  # a wider clip: nothing is cut
+    wide = {"clip_low": 0.5, "clip_high": 0.5}
+    retrieval_grpo(scores, rewards, *arguments, tau=tau, beta=beta, **wide).loss.backward()
+    pushed = rho * advantage
+    policy_gradient = (pushed - pi * pushed.sum()) / (3 * tau)
+    expected = beta * kl_gradient - policy_gradient
+    assert np.allclose(scores.grad[0].numpy(), expected, atol=1e-6)
 
 
 def test_groups_of_equal_rewards_are_skipped_and_counted() -> None:
@@ -253,6 +282,11 @@ def test_pool_and_batch_candidates(encoder_dir: Path) -> None:
         pool.top_k(encode(encoder, ["sofa"]), 3)
 
 
+def test_staleness_is_the_share_of_the_top_k_that_was_missed() -> None:
+    stale, fresh = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[3, 1, 2], [4, 7, 8]])
+    assert stale_share(stale, fresh) == pytest.approx((0 + 2 / 3) / 2)
+
+
 def watch(recall: float = 0.8, spread: float = 0.5, **terms: float) -> Watch:
     return Watch(1, recall, 1.0, spread, terms)
 
@@ -299,6 +333,9 @@ def test_quality_rises_and_recall_holds(
     for name in names.split():
         assert len(sink.series(f"embedder/rgrpo/{name}")) == 24, name
     assert len(sink.series("embedder/rgrpo/val_recall")) == 1 + 24 // 4
+    assert sink.series("embedder/rgrpo/pool_age") == [0.0, 1.0, 2.0, 3.0] * 6
+    stale = sink.series("embedder/rgrpo/stale_share")
+    assert len(stale) == 24 // 4 and 0 < max(stale) < 1
     assert sink.series("embedder/rgrpo/kl")[0] == pytest.approx(0.0, abs=1e-4)
     load_encoder(str(tmp_path / "out"))
 
@@ -374,6 +411,31 @@ def test_a_collapsing_run_stops_and_keeps_the_last_good_encoder(
     assert np.allclose(kept, start, atol=1e-6)
     # the index stage tells by this that it need not embed the catalogue again
     assert fingerprint(tmp_path / "out", whole=True) == fingerprint(encoder_dir, whole=True)
+
+
+def test_a_run_that_collapses_late_keeps_what_it_had_learned(
+    store: Store,
+    encoder_dir: Path,
+    quality: Quality,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four good steps, then a learning rate that destroys the encoder."""
+    monkeypatch.setattr(Run, "_lr", lambda self: 1e-3 if self.step < 4 else 10.0)
+    config = FAST.model_copy(update={"steps": 40, "recall_noise": 0.0})
+    with pytest.raises(DivergenceError, match="at step 8"):
+        train_retrieval_grpo(
+            str(encoder_dir), store, [quality], config, tmp_path / "out", tmp_path / "s", ListSink()
+        )
+    short = config.model_copy(update={"steps": 4})
+    numbers = train_retrieval_grpo(
+        str(encoder_dir), store, [quality], short, tmp_path / "four", tmp_path / "f", ListSink()
+    )
+    assert numbers["best_step"] == 4, "the first four steps help, or this test shows nothing"
+    kept, four = (
+        encode(load_encoder(str(tmp_path / d)), ["sofa new", "acme rug"]) for d in ("out", "four")
+    )
+    assert np.allclose(kept, four, atol=1e-6)
 
 
 def test_a_store_without_validation_judgments_is_refused(

@@ -1,0 +1,81 @@
+"""Positive pairs: what the train split says answers a query.
+
+Consumes a store -> produces weighted (query, product) pairs, and what is no honest negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.embedder.config import ContrastiveConfig
+from models.errors import DataContractError, explain
+from models.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class PositivePair:
+    """A query and a product that answers it, with a weight > 0."""
+
+    query_id: str
+    product_id: str
+    weight: float
+
+
+def positive_pairs(
+    store: Store, config: ContrastiveConfig, split: str = "train"
+) -> list[PositivePair]:
+    """Judgments with grade >= min_grade, and cart and purchase events, of one split's queries.
+
+    A pair of both kinds appears once, with its judged weight; an event never overrules a judgment
+    below `min_grade`. Order: as in the tables; a cut to `max_pairs` is drawn with `seed`.
+
+    Raises:
+        DataContractError: fewer than two pairs.
+    """
+    qrels = store.qrels(split)
+    weights = _judged_weights(store, qrels, config.min_grade)
+    if config.interactions:
+        wanted = set(store.query_ids(split))
+        columns = (store.interactions[c].to_pylist() for c in ("query_id", "product_id", "event"))
+        for q, p, event in zip(*columns, strict=True):
+            if event in ("cart", "purchase") and q in wanted and p not in qrels.get(q, {}):
+                weights.setdefault((q, p), 1.0)
+    pairs = [PositivePair(q, p, w) for (q, p), w in weights.items() if p in store.product_by_id]
+    if len(pairs) < 2:
+        raise DataContractError(
+            explain(
+                f"{len(pairs)} positive pairs in the {split} split",
+                f"at least two judgments with grade >= {config.min_grade}, or cart events",
+                "lower min_grade, or add labelled queries",
+            )
+        )
+    if config.max_pairs is not None and len(pairs) > config.max_pairs:
+        keep = np.random.default_rng(config.seed).permutation(len(pairs))[: config.max_pairs]
+        pairs = [pairs[i] for i in sorted(keep.tolist())]
+    return pairs
+
+
+def _judged_weights(
+    store: Store, qrels: Mapping[str, Mapping[str, int]], min_grade: int
+) -> dict[tuple[str, str], float]:
+    columns = [store.judgments[c].to_pylist() for c in ("query_id", "product_id", "weight")]
+    own = {(q, p): 1.0 if w is None else w for q, p, w in zip(*columns, strict=True)}
+    return {
+        (q, p): own[q, p] * (grade - 1) / 3
+        for q, row in qrels.items()
+        for p, grade in row.items()
+        if grade >= min_grade
+    }
+
+
+def known_positives(store: Store, pairs: Sequence[PositivePair]) -> dict[str, set[str]]:
+    """Products that are no honest negatives of a query: its positives, and any of grade >= 3."""
+    known: dict[str, set[str]] = {}
+    for q, row in store.qrels("train").items():
+        known[q] = {p for p, grade in row.items() if grade >= 3}
+    for pair in pairs:
+        known.setdefault(pair.query_id, set()).add(pair.product_id)
+    return known
