@@ -21,7 +21,7 @@ from models.index.config import IndexConfig, Kind, resolve_kind
 from models.index.facts import FACTS, IndexFacts
 from models.index.lance import TABLE, LanceIndex, connect, open_table
 from models.index.recall import check, measure, percentiles
-from models.index.rows import Encode, RowStream
+from models.index.rows import Encode, RowStream, cut, shortened
 from models.store import Store
 from models.types import MetricSink, Product
 
@@ -61,7 +61,7 @@ def build_index(
     if isinstance(products, Store):
         total = products.products.num_rows
     stream = RowStream(
-        encode,
+        shortened(encode, config.dim),
         products.product_by_id.values() if isinstance(products, Store) else products,
         config.batch_size,
         config.max_text_chars,
@@ -79,6 +79,7 @@ def build_index(
     index_all(table, kind, config)
     build_s = time.perf_counter() - started
     probes_PD = stream.probes() if queries_QD is None else queries_QD[: config.sample]
+    probes_PD = cut(probes_PD, config.dim)
     facts = measured_facts(table, kind, config, np.asarray(probes_PD, np.float32))
     facts = facts.model_copy(
         update={

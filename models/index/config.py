@@ -37,6 +37,9 @@ class IndexConfig(BaseModel):
     """Whether a full-text index over title, brand, category and attributes is built."""
     max_text_chars: int = Field(default=400, ge=20)
     """Product text is cut here, in characters."""
+    dim: int | None = Field(default=None, ge=1)
+    """Numbers of a vector that are kept, the first ones; for encoders trained with those
+    `matryoshka_dims`. Queries are cut alike. None: all."""
     seed: int = 0
 
 

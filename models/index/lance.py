@@ -19,7 +19,7 @@ from models.errors import ArtifactError, explain
 from models.index.facts import IndexFacts
 from models.index.filters import one_of
 from models.index.hybrid import reciprocal_rank_fusion
-from models.index.rows import schema, to_product
+from models.index.rows import cut, schema, to_product
 from models.text import terms
 from models.types import Product
 
@@ -49,10 +49,17 @@ class LanceIndex:
     Args:
         nprobes: partitions searched; None: LanceDB's default (or a scan, without a vector index).
         refine: multiple of k re-ranked with the full vectors; None: no re-ranking.
+        dim: numbers of a query vector that count; None: all.
     """
 
-    def __init__(self, table: Table, nprobes: int | None = None, refine: int | None = None) -> None:
-        self.table, self.nprobes, self.refine = table, nprobes, refine
+    def __init__(
+        self,
+        table: Table,
+        nprobes: int | None = None,
+        refine: int | None = None,
+        dim: int | None = None,
+    ) -> None:
+        self.table, self.nprobes, self.refine, self.dim = table, nprobes, refine, dim
 
     @classmethod
     def open(cls, folder: Path) -> LanceIndex:
@@ -63,11 +70,11 @@ class LanceIndex:
         """
         table = open_table(folder)
         facts, _ = IndexFacts.read(folder)
-        return cls(table, facts.nprobes, facts.refine)
+        return cls(table, facts.nprobes, facts.refine, facts.config.dim)
 
     def with_setting(self, nprobes: int | None, refine: int | None) -> LanceIndex:
         """The same table, searched with another effort."""
-        return LanceIndex(self.table, nprobes, refine)
+        return LanceIndex(self.table, nprobes, refine, self.dim)
 
     def __len__(self) -> int:
         return int(self.table.count_rows())
@@ -80,7 +87,7 @@ class LanceIndex:
         Further partitions are searched until k rows are found, so a filter that few rows satisfy
         still gets all of them.
         """
-        vectors_QD = np.asarray(vectors_QD, np.float32)
+        vectors_QD = cut(np.asarray(vectors_QD, np.float32), self.dim)
         ids: list[list[str]] = []
         scores: list[list[float]] = []
         for start in range(0, len(vectors_QD), QUERIES_AT_ONCE):

@@ -111,7 +111,7 @@ class PublishedIndex:
             raise self._nothing()
         table = open_table(self.folder)
         table.checkout(found.version)
-        return LanceIndex(table, found.facts.nprobes, found.facts.refine)
+        return LanceIndex(table, found.facts.nprobes, found.facts.refine, found.facts.config.dim)
 
     def publish(
         self,

@@ -32,7 +32,7 @@ from models.index.lance import open_table, vector_index_stats
 from models.index.published import Publication, PublishedIndex
 from models.index.recall import check
 from models.index.reuse import Known, known_of, vectors_of
-from models.index.rows import Encode, batches, columns, record_batch
+from models.index.rows import Encode, batches, columns, record_batch, shortened
 from models.sources.delta import Delta
 from models.types import MetricSink, Product
 
@@ -93,6 +93,7 @@ def refresh(
             started = time.perf_counter()
             table, resumed = _writable(published, base, work)
             rows_before = int(table.count_rows())
+            encode = shortened(encode, base.facts.config.dim)
             _merge(table, delta.products, base.facts, encode, config.batch_size, counts)
             _delete(table, delta.deleted, counts)
             if not (resumed or counts.written or counts.deleted):

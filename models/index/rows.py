@@ -34,6 +34,30 @@ PROBE_NOISE = 0.1
 """Length of the noise added to a product's own vector to make it a probe (vectors are unit)."""
 
 
+def shortened(encode: Encode, dim: int | None) -> Encode:
+    """`encode` whose vectors are cut to their first `dim` numbers; None: `encode` itself."""
+    return encode if dim is None else lambda texts: cut(encode(texts), dim)
+
+
+def cut(vectors_ND: np.ndarray, dim: int | None) -> np.ndarray:
+    """The first `dim` numbers of each vector, at unit length again; None: all of them.
+
+    Raises:
+        ConfigError: vectors of fewer numbers.
+
+    >>> cut(np.array([[3.0, 4.0, 12.0]]), 2).tolist()
+    [[0.6, 0.8]]
+    """
+    if dim is None:
+        return vectors_ND
+    if dim > vectors_ND.shape[1]:
+        got = f"vectors of {vectors_ND.shape[1]} numbers"
+        raise ConfigError(explain(got, f"at least index.dim = {dim}", "lower index.dim"))
+    short_ND = vectors_ND[:, :dim]
+    norm_N1 = np.linalg.norm(short_ND, axis=1, keepdims=True)
+    return short_ND / np.maximum(norm_N1, 1e-12)
+
+
 def schema(dim: int) -> pa.Schema:
     """Columns of the table."""
     return pa.schema(

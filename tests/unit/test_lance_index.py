@@ -65,6 +65,22 @@ def test_small_catalogues_are_scanned_and_exact(tmp_path: Path) -> None:
     assert (facts.recall_at_10, facts.recall_at_100, facts.trials) == (1.0, 1.0, ())
 
 
+def test_a_shorter_index_is_searched_with_whole_query_vectors(tmp_path: Path) -> None:
+    products = catalogue(120)
+    facts = build_index(encode, products, IndexConfig(dim=8, sample=20), tmp_path, ListSink())
+    assert facts.dim == 8
+    index, whole = LanceIndex.open(tmp_path), encode([p.title for p in products])
+    short = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
+    ids, vectors = index.vectors()
+    assert np.allclose(vectors, short, atol=1e-6)
+    got_ids, got_scores = index.search(whole[:5], 4)
+    wanted_ids, wanted_scores = ExactIndex(ids, short).search(short[:5], 4)
+    assert got_ids == wanted_ids
+    assert np.allclose(got_scores, wanted_scores, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"index\.dim"):
+        build_index(encode, products, IndexConfig(dim=25), tmp_path / "wide", ListSink())
+
+
 def test_products_are_embedded_and_written_in_batches(tmp_path: Path) -> None:
     sizes: list[int] = []
 
