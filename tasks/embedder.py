@@ -1,4 +1,4 @@
-"""The retriever's stages: contrastive SFT -> index -> Retrieval-GRPO -> index."""
+"""The retriever's stages: contrastive SFT -> index -> Retrieval-GRPO -> index; and its rivals'."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
+from models.embedder.config import (
+    ContrastiveConfig,
+    EncoderConfig,
+    HardNegativeConfig,
+    MiningConfig,
+    RetrievalGRPOConfig,
+)
 from models.index.config import IndexConfig
 from tasks.artifacts import TAG, ArtifactRef
 from tasks.base import weights_path
@@ -34,7 +40,15 @@ class RewardsConfig(BaseModel):
     """good: P4 + P3; expected: (E[grade] - 1) / 3."""
 
 
-@stage(name="embedder_sft", kind="embedder", code_version="2")
+@stage(name="embedder_base", kind="embedder", code_version="1")
+def embedder_base(ctx: StageContext, config: EncoderConfig, base: ArtifactRef) -> None:
+    """A base model with pooling and prompts, as a folder of its own (weights are copied)."""
+    from models.embedder.encoder import prepare_encoder
+
+    prepare_encoder(weights_path(ctx, base), config, ctx.out)
+
+
+@stage(name="embedder_sft", kind="embedder", code_version="3")
 def embedder_sft(
     ctx: StageContext, config: ContrastiveConfig, base: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -68,7 +82,7 @@ def index_catalogue(
     from models.store import stream_products, stream_queries
 
     weights = weights_path(ctx, encoder)
-    earlier = _index_of_same_vectors(ctx, weights)
+    earlier = _index_of_same_vectors(ctx, weights, config.dim)
     model = load_encoder(weights, ctx.settings.torch_device)
     folder = ctx.open(store) / "store"
     texts = [query.text for query in stream_queries(folder)]
@@ -95,15 +109,15 @@ def index_catalogue(
     return facts.numbers()
 
 
-def _index_of_same_vectors(ctx: StageContext, weights: str) -> ArtifactRef | None:
-    """The newest whole index of this store whose encoder has the content of `weights` and computed
-    on the same kind of device; the run in the making is marked so that later ones find it."""
+def _index_of_same_vectors(ctx: StageContext, weights: str, dim: int | None) -> ArtifactRef | None:
+    """The newest whole index of this store whose vectors have as many numbers, by an encoder with
+    the content of `weights` on the same kind of device; marks the run, for later ones to find."""
     from models.lm.precision import has_bf16
     from models.lm.weights import fingerprint
 
     device = ctx.settings.torch_device.split(":")[0]
     how = f"{device}-{'bf16' if has_bf16(device) else 'float32'}"
-    mark = f"{fingerprint(weights, whole=True)}-{how}"
+    mark = f"{fingerprint(weights, whole=True)}-{how}-{dim or 'all'}"
     runs = ctx.store.search(f"tags.`{VECTORS}` = '{mark}' and attributes.status = 'FINISHED'")
     ctx.store.client.set_tag(ctx.run_id, VECTORS, mark)
     own = (run for run in runs if run.info.experiment_id == ctx.store.experiment_id)
@@ -111,7 +125,7 @@ def _index_of_same_vectors(ctx: StageContext, weights: str) -> ArtifactRef | Non
     return None if found is None else ctx.store.ref(found)
 
 
-@stage(name="embedder_rgrpo", kind="embedder", code_version="2")
+@stage(name="embedder_rgrpo", kind="embedder", code_version="3")
 def embedder_rgrpo(
     ctx: StageContext,
     config: RetrievalGRPOConfig,
@@ -140,7 +154,75 @@ def embedder_rgrpo(
         ctx.sink,
         ctx.settings.torch_device,
     )
-    return dict(counts) | {"judge_cache/hit_rate": relevance.cache.hit_rate}
+    cost = judge_cost(relevance)
+    return dict(counts) | cost | {"judge_cache/hit_rate": relevance.cache.hit_rate}
+
+
+@stage(name="embedder_negatives", kind="data", code_version="1")
+def embedder_negatives(
+    ctx: StageContext,
+    config: MiningConfig,
+    encoder: ArtifactRef,
+    index: ArtifactRef,
+    judge: ArtifactRef,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """Hard negatives from the SFT index: high similarity, low grade by the judge."""
+    from models.embedder.encoder import load_encoder
+    from models.embedder.mining import mine, write_negatives
+    from models.index.lance import LanceIndex
+
+    relevance = judge_relevance(ctx, judge)
+    found, counts = mine(
+        load_encoder(weights_path(ctx, encoder), ctx.settings.torch_device),
+        LanceIndex.open(ctx.open(index)),
+        open_store(ctx, store),
+        relevance,
+        config,
+        ctx.progress,
+    )
+    write_negatives(found, ctx.out)
+    ctx.table("hard-negatives", [counts])
+    known = {name: value for name, value in counts.items() if value == value}
+    return {f"mining/{name}": value for name, value in known.items()} | judge_cost(relevance)
+
+
+@stage(name="embedder_hard", kind="embedder", code_version="1")
+def embedder_hard(
+    ctx: StageContext,
+    config: HardNegativeConfig,
+    encoder: ArtifactRef,
+    negatives: ArtifactRef,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """Ranking loss or DPO on mined hard negatives, from the SFT encoder."""
+    from models.embedder.hard_negatives import train_on_hard_negatives
+    from models.embedder.mining import read_negatives
+
+    return train_on_hard_negatives(
+        weights_path(ctx, encoder),
+        open_store(ctx, store),
+        read_negatives(ctx.open(negatives)),
+        config,
+        ctx.out,
+        ctx.scratch,
+        ctx.sink,
+        ctx.settings.torch_device,
+    )
+
+
+def judge_cost(relevance: Any) -> dict[str, float]:
+    """What a stage asked of the judge, whatever the cache already knew, since its last start.
+
+    judge/pairs: distinct pairs; judge/tokens: read with an empty cache, shared ones once;
+    judge/pairs_computed: pairs the cache did not have.
+    """
+    asked = list(relevance.asked.values())
+    return {
+        "judge/pairs": float(len(asked)),
+        "judge/pairs_computed": float(relevance.computed),
+        "judge/tokens": float(relevance.judge.num_tokens(asked)),
+    }
 
 
 def judge_relevance(

@@ -7,7 +7,7 @@ decode its steps before its grade can be read, one token a pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,16 @@ class ScoringJudge:
             (*prompt, self.encoder.segment(text))
             for prompt, text in zip(prompts, steps, strict=True)
         ]
+
+    def num_tokens(self, pairs: Iterable[tuple[Query, Product]]) -> int:
+        """Tokens read to score `pairs` in one call: rules once, each query once, each pair once."""
+        queries: dict[str, int] = {}
+        items = 0
+        for query, product in pairs:
+            if query.query_id not in queries:
+                queries[query.query_id] = len(self.encoder.query_segment(query))
+            items += len(self.encoder.item_segment(query, product))
+        return (len(self.encoder.root) if queries else 0) + sum(queries.values()) + items
 
     def _rules(self) -> Frontier:
         if self._root is None:

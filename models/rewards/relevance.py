@@ -118,7 +118,12 @@ def read_out(p_N4: np.ndarray, readout: Readout = "good") -> np.ndarray:
 
 
 class JudgeRelevance:
-    """f(q, d) in [0, 1] from a judge's P(grade), through a cache [TaoSearchEmb s3.2]."""
+    """f(q, d) in [0, 1] from a judge's P(grade), through a cache [TaoSearchEmb s3.2].
+
+    Attributes:
+        asked: distinct pairs asked for since it was made, cached or not.
+        computed: pairs that the judge itself had to read.
+    """
 
     name = "relevance"
 
@@ -133,6 +138,8 @@ class JudgeRelevance:
         self.cache = cache
         self.readout: Readout = readout
         self.weight = weight
+        self.asked: dict[bytes, tuple[Query, Product]] = {}
+        self.computed = 0
 
     def probabilities(self, pairs: Sequence[tuple[Query, Product]]) -> np.ndarray:
         """P(grade) [N, 4] float64; the judge is asked, once, only for what the cache lacks.
@@ -141,12 +148,14 @@ class JudgeRelevance:
             ConfigError: the judge answers with another number of rows, or not with numbers.
         """
         keys = [self.cache.key(query, product) for query, product in pairs]
+        self.asked |= dict(zip(keys, pairs, strict=True))
         known = self.cache.get(keys)
         missing = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}
         if missing:
             rows = self.judge.score(list(missing.values()))
             fresh = dict(zip(missing, _checked(rows, len(missing)), strict=True))
             self.cache.put(fresh)
+            self.computed += len(fresh)
             known |= fresh
         return np.array([known[k] for k in keys], dtype=np.float64).reshape(-1, len(GRADES))
 
