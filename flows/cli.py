@@ -519,6 +519,68 @@ def status(home: Home = None) -> None:
         raise typer.Exit(1)
 
 
+ablate = typer.Typer(no_args_is_help=True, help="Measure what each part of the method is worth.")
+app.add_typer(ablate, name="ablate")
+
+
+@ablate.command("retriever")
+def ablate_retriever(
+    recipe: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
+    store: Annotated[
+        str, typer.Option(help="synthetic, homedepot, chorus, esci, wands or tables (your own).")
+    ] = "synthetic",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the store's files; synthetic needs none.")
+    ] = None,
+    home: Home = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one setting, as in `relearn run`.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the retriever's stages.")] = "0,1,2",
+    rows: Annotated[
+        str, typer.Option(help="Rows by name, e.g. bm25,sft,rgrpo. [default: all]")
+    ] = "",
+) -> None:
+    """Measure the paper's rows and the rewards' ablations on the held-out queries.
+
+    Rows: random, bm25, base, sft, rgrpo_no_sft, ranking, dpo, rgrpo; rgrpo_relevance,
+    rgrpo_relevance_quality, rgrpo_weak_judge, rgrpo_no_anchor. Stages that an ordinary run with the
+    same settings has made are taken from the cache. Safe to interrupt: run it again.
+
+    Examples:
+
+        relearn ablate retriever
+
+        relearn ablate retriever --seeds 0 --rows sft,ranking,dpo,rgrpo
+    """
+    _prepare(home, data)
+    from flows import ablate_retriever as flow
+    from flows.recipes import recipe as make_recipe
+    from tasks.artifacts import ArtifactStore
+
+    config = make_recipe(recipe, store, changes or [])
+    names = [name.strip() for name in rows.split(",") if name.strip()] or list(flow.TITLES)
+    result = flow.ablate_retriever(config, _numbers(seeds, "--seeds"), names)
+    folder = ArtifactStore(settings()).path(result.table)
+    table, text = flow.read_report(folder)
+    console.print(flow.ablation_table(table, f"Retriever ablation, {config.name}"))
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    made = sum(not r.cached for r in result.reports)
+    console.print(
+        f"{len(result.reports)} stages, {made} made. Table, markdown and plot: {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        got = f"{option} {text!r}"
+        raise ConfigError(explain(got, "whole numbers", f"write {option} 0,1,2")) from None
+
+
 def _say(line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 

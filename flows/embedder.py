@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.recipes import EmbedderConfig
 from tasks.artifacts import ArtifactRef
 from tasks.base import TINY, base_content, base_model
-from tasks.embedder import embedder_rgrpo, embedder_sft, index_catalogue
+from tasks.embedder import embedder_base, embedder_rgrpo, embedder_sft, index_catalogue
 from tasks.evaluate import evaluate_retrieval
 
 
@@ -22,17 +22,23 @@ class EmbedderResult(BaseModel):
     evaluation: ArtifactRef
 
 
-@flow(name="train-embedder", flow_run_name="retriever", log_prints=False)
-def train_embedder(
-    config: EmbedderConfig, store: ArtifactRef, judge: ArtifactRef
-) -> EmbedderResult:
-    """Train, index and evaluate the retriever; the judge is its reward."""
+def base_encoder(config: EmbedderConfig, store: ArtifactRef) -> ArtifactRef:
+    """The encoder everything starts from; call it inside a flow."""
     base = base_model(
         name=config.base,
         role="embedder",
         content=base_content(config.base),
         store=store if config.base == TINY else None,
     )
+    return base if config.encoder is None else embedder_base(config=config.encoder, base=base)
+
+
+@flow(name="train-embedder", flow_run_name="retriever", log_prints=False)
+def train_embedder(
+    config: EmbedderConfig, store: ArtifactRef, judge: ArtifactRef
+) -> EmbedderResult:
+    """Train, index and evaluate the retriever; the judge is its reward."""
+    base = base_encoder(config, store)
     sft = embedder_sft(config=config.sft, base=base, store=store)
     rgrpo = embedder_rgrpo(
         config=config.rgrpo, rewards=config.rewards, encoder=sft, judge=judge, store=store

@@ -19,7 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
+from models.embedder.config import (
+    ContrastiveConfig,
+    EncoderConfig,
+    HardNegativeConfig,
+    MiningConfig,
+    RetrievalGRPOConfig,
+)
 from models.errors import ConfigError, explain
 from models.evaluation.gate import GateConfig
 from models.index.config import IndexConfig
@@ -92,9 +98,15 @@ class EmbedderConfig(_Config):
 
     base: str
     """Base encoder: a packaged name, a local folder, a hub id, or `tiny`."""
+    encoder: EncoderConfig | None = None
+    """Pooling and prompts for a base that has none of its own, e.g. a decoder LLM."""
     sft: ContrastiveConfig = ContrastiveConfig()
     rgrpo: RetrievalGRPOConfig = RetrievalGRPOConfig()
     rewards: RewardsConfig = RewardsConfig()
+    mining: MiningConfig = MiningConfig()
+    """Hard negatives, for the two rows of `relearn ablate retriever` that need them."""
+    hard: HardNegativeConfig = HardNegativeConfig()
+    """Training on them; those two rows differ in its `loss`."""
     index: IndexConfig = IndexConfig()
     evaluation: RetrievalEvalConfig = RetrievalEvalConfig()
 
@@ -174,6 +186,8 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 val_reward_queries=8,
                 max_tokens=64,
             ),
+            mining=MiningConfig(max_queries=28, depth=10),
+            hard=HardNegativeConfig(steps=12, max_tokens=64),
             evaluation=RetrievalEvalConfig(judged_queries=12),
         ),
         ablation=JudgeAblationConfig(
@@ -221,6 +235,8 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
             base="tiny",
             sft=ContrastiveConfig(steps=20, batch_size=16, global_negatives=16, lr=1e-3),
             rgrpo=RetrievalGRPOConfig(steps=6, refresh_every=3, max_queries=16, k=8),
+            mining=MiningConfig(max_queries=16, depth=8, max_good=1.0),
+            hard=HardNegativeConfig(steps=6, batch_size=8),
             evaluation=RetrievalEvalConfig(judged_queries=8),
         ),
         ablation=JudgeAblationConfig(
@@ -275,6 +291,8 @@ def full(store: str = "synthetic") -> PipelineConfig:
             rgrpo=RetrievalGRPOConfig(
                 steps=500, batch_queries=64, k=64, max_queries=None, pool_size=None
             ),
+            mining=MiningConfig(max_queries=None, depth=64),
+            hard=HardNegativeConfig(steps=500, batch_size=64),
             evaluation=RetrievalEvalConfig(judged_queries=500),
         ),
         ablation=JudgeAblationConfig(

@@ -620,13 +620,17 @@ def _log_parents(store: ArtifactStore, run_id: str, bound: Mapping[str, Any]) ->
     """Parents as MLflow dataset inputs, so that its UI shows them."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
+    # MLflow refuses one dataset twice: an artifact in several places is named by the first
+    places: dict[str, tuple[str, ArtifactRef]] = {}
+    for name, value in bound.items():
+        for place, ref in refs_in(name, value):
+            places.setdefault(ref.fingerprint, (place, ref))
     inputs = [
         DatasetInput(
             Dataset(ref.name, ref.version, "local", _json({"uri": ref.uri})),
             [InputTag("mlflow.data.context", place)],
         )
-        for name, value in bound.items()
-        for place, ref in refs_in(name, value)
+        for place, ref in places.values()
     ]
     if inputs:
         store.client.log_inputs(run_id, datasets=inputs)

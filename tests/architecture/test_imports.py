@@ -45,7 +45,8 @@ def test_models_run_where_no_orchestrator_is_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["flows.pipeline", "flows.recipes", "flows.cli", "flows.scheduled"]
+    "module",
+    ["flows.pipeline", "flows.recipes", "flows.cli", "flows.scheduled", "flows.ablate_retriever"],
 )
 def test_flows_load_no_heavy_library(module: str) -> None:
     if importlib.util.find_spec(module) is None:

@@ -1,0 +1,111 @@
+"""The retriever's ablation as markdown and as a plot.
+
+Consumes the rows of `retriever_rows.table_rows` -> produces text for a log, and a figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+PERCENT = (
+    "hitrate@100 recall@10 recall@100 ndcg@10 mrr@10 goodrate@10 judged@10 judged@100 "
+    "lexical_overlap@10 bm25_overlap@10 quality@10"
+).split()
+"""Columns, in percent; those no row has are left out."""
+INTERVALS = ("hitrate@100", "ndcg@10", "goodrate@10")
+"""Columns that show their interval, and are plotted."""
+COSTS = {"train_s": "seconds", "judge_pairs": "judge pairs", "judge_tokens": "judge tokens"}
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The metrics of PERCENT, at whatever cut-offs the rows have, that some row could measure."""
+    named = {key for row in rows for key, value in row.items() if _number(value)}
+    stems = list(dict.fromkeys(name.split("@")[0] for name in PERCENT))
+    plain = [n for n in named if n.split("@")[0] in stems and n.rpartition("@")[2].isdigit()]
+    return sorted(plain, key=lambda n: (stems.index(n.split("@")[0]), int(n.rpartition("@")[2])))
+
+
+def cell(row: Row, metric: str) -> str:
+    """A metric in percent, with its interval where INTERVALS asks for it; "-" for none.
+
+    >>> cell({"ndcg@10": 0.25, "ndcg@10_low": 0.2, "ndcg@10_high": 0.3}, "ndcg@10")
+    '25.0 [20.0, 30.0]'
+    """
+    value = row.get(metric)
+    if not _number(value):
+        return "-"
+    shown = f"{100 * float(value):.1f}"  # type: ignore[arg-type]
+    if metric in INTERVALS:
+        shown += f" [{100 * row[f'{metric}_low']:.1f}, {100 * row[f'{metric}_high']:.1f}]"
+    return shown
+
+
+def difference(row: Row, metric: str = "ndcg@10") -> str:
+    """The paired difference with the baseline in points, with interval; "" where there is none."""
+    if not _number(row.get(f"{metric}_diff")):
+        return ""
+    points = [100 * float(row[f"{metric}_diff{end}"]) for end in ("", "_low", "_high")]
+    return f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]"
+
+
+def cost(row: Row, name: str) -> str:
+    """A cost as a whole number; "-" for none."""
+    return f"{row[name]:.0f}" if _number(row.get(name)) else "-"
+
+
+def markdown(rows: Sequence[Row], against: str, notes: Sequence[str]) -> str:
+    """The overall table with intervals, costs and differences, then one table a segment."""
+    overall = [r for r in rows if r["segment"] == "all"]
+    metrics = columns(overall)
+    head = ["row", "seeds", *metrics, f"nDCG@10 against {against}", *COSTS.values()]
+    lines = [*(f"* {note}" for note in notes), "", *_head(head)]
+    for row in overall:
+        cells = [str(row["run"]), f"{row['seeds']:.0f}", *(cell(row, m) for m in metrics)]
+        lines.append(_line([*cells, difference(row), *(cost(row, c) for c in COSTS)]))
+    for segment in dict.fromkeys(r["segment"] for r in rows if r["segment"] != "all"):
+        part = [r for r in rows if r["segment"] == segment]
+        lines += [
+            "",
+            f"Segment {segment}, {part[0]['n']:.0f} queries",
+            "",
+            *_head(["row", *metrics]),
+        ]
+        lines += [_line([str(r["run"]), *(cell(r, m) for m in metrics)]) for r in part]
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: Sequence[Row]) -> Any:
+    """A matplotlib figure: one panel a metric of INTERVALS, one bar a row, with intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    overall = [r for r in rows if r["segment"] == "all"]
+    metrics = [m for m in INTERVALS if any(_number(r.get(m)) for r in overall)]
+    made = Figure(figsize=(4.2 * max(1, len(metrics)), 0.45 * len(overall) + 1.2), layout="tight")
+    FigureCanvasAgg(made)
+    axes = made.subplots(1, max(1, len(metrics)), sharey=True, squeeze=False)[0]
+    for axis, metric in zip(axes, metrics, strict=False):
+        kept = [(i, r) for i, r in enumerate(overall) if _number(r.get(metric))]
+        values = [100 * r[metric] for _, r in kept]
+        low = [v - 100 * r[f"{metric}_low"] for v, (_, r) in zip(values, kept, strict=True)]
+        high = [100 * r[f"{metric}_high"] - v for v, (_, r) in zip(values, kept, strict=True)]
+        axis.barh([i for i, _ in kept], values, xerr=[low, high], color="#7a9cc6", capsize=3)
+        axis.set_xlabel(f"{metric}, %")
+        axis.set_yticks(range(len(overall)), [str(r["run"]) for r in overall])
+        axis.set_ylim(len(overall) - 0.5, -0.5)
+    return made
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), _line(["---"] * len(names))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

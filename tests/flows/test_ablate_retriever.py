@@ -1,0 +1,139 @@
+"""The retriever's ablation: rows differ in what they claim, and the flow shares an ordinary run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from flows.ablate_retriever import TITLES, RowPlan, ablate_retriever, ablation_table, row_plan
+from models.errors import ConfigError
+from models.evaluation.retriever_rows import interval, over_seeds, table_rows
+from tasks.retriever_ablation import PLOT, REPORT, TABLE
+from tests.flows.conftest import Chain, at_home, small_config
+
+EMBEDDER = small_config().embedder
+
+
+def flat(body: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts by dotted path."""
+    if not isinstance(body, dict):
+        return {prefix: body}
+    return {
+        k: v for key, x in body.items() for k, v in flat(x, f"{prefix}.{key}".strip(".")).items()
+    }
+
+
+def changed(one: RowPlan, other: RowPlan) -> set[str]:
+    """Dotted settings in which two plans differ; a part only one has is named as a whole."""
+    a, b = one.model_dump(), other.model_dump()
+    whole = {name for name in a if (a[name] is None) != (b[name] is None)}
+    shared = [flat({k: v for k, v in x.items() if k not in whole}) for x in (a, b)]
+    return whole | {k for k in shared[0] if shared[0][k] != shared[1][k]}
+
+
+def plan(name: str, seed: int = 0) -> RowPlan:
+    return row_plan(name, EMBEDDER, seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "differs"),
+    [
+        ("sft", "base", {"sft"}),
+        ("rgrpo", "sft", {"rgrpo", "rewards", "judge"}),
+        ("rgrpo_no_sft", "rgrpo", {"sft", "rgrpo.sft_weight"}),
+        ("rgrpo_no_anchor", "rgrpo", {"rgrpo.sft_weight"}),
+        ("rgrpo_relevance", "rgrpo", {"rewards.quality", "rewards.exclusivity"}),
+        ("rgrpo_relevance_quality", "rgrpo", {"rewards.exclusivity"}),
+        ("rgrpo_weak_judge", "rgrpo", {"judge"}),
+        ("ranking", "sft", {"mining", "hard", "judge"}),
+        ("dpo", "ranking", {"hard.loss"}),
+        ("bm25", "random", {"channel"}),
+    ],
+)
+def test_rows_differ_in_exactly_what_they_claim(name: str, other: str, differs: set[str]) -> None:
+    assert changed(plan(name), plan(other)) == differs
+
+
+def test_a_seed_changes_every_seed_and_nothing_else() -> None:
+    for name in TITLES:
+        differs = changed(plan(name, 0), plan(name, 1))
+        stages = ("sft", "mining", "hard", "rgrpo")
+        own = {f"{stage}.seed" for stage in stages if getattr(plan(name), stage) is not None}
+        assert differs == own, name
+
+
+def test_the_rows_of_the_recipe_are_those_of_an_ordinary_run() -> None:
+    own = plan("rgrpo")
+    assert (own.sft, own.rgrpo, own.rewards) == (EMBEDDER.sft, EMBEDDER.rgrpo, EMBEDDER.rewards)
+
+
+def test_means_over_seeds_and_pooled_metrics_as_arithmetic() -> None:
+    one = {"hitrate@10": {"q": (1.0, 4.0), "r": (2.0, 2.0)}, "ndcg@10": {"q": (0.5, 1.0)}}
+    two = {"hitrate@10": {"q": (3.0, 4.0), "r": (2.0, 2.0)}, "ndcg@10": {"q": (0.7, 1.0)}}
+    both = over_seeds([one, two])
+    assert both["hitrate@10"]["q"] == (2.0, 4.0)
+    mean, low, high = interval(list(both["hitrate@10"].values()))
+    assert mean == (2 + 2) / (4 + 2)
+    assert low == 2 / 4 and high == 2 / 2, "both draws the same query"
+    rows = table_rows({"a": [one, two], "b": [one]}, {"q": "general", "r": "negation"}, "b")
+    overall = {r["run"]: r for r in rows if r["segment"] == "all"}
+    assert overall["a"]["ndcg@10"] == pytest.approx(0.6)
+    assert overall["a"]["ndcg@10_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert overall["a"]["ndcg@10_diff"] == pytest.approx(0.1)
+    assert "ndcg@10_diff" not in overall["b"] and "ndcg@10_sd" not in overall["b"]
+    assert [r["segment"] for r in rows if r["run"] == "a"] == ["all", "general", "negation"]
+
+
+@pytest.mark.parametrize(("rows", "seeds"), [(["sft", "bert"], [0]), ([], [0]), (["sft"], [1, 1])])
+def test_wrong_rows_and_seeds_are_one_clear_error(rows: list[str], seeds: list[int]) -> None:
+    with pytest.raises(ConfigError, match="rgrpo_no_sft"):
+        ablate_retriever.fn(small_config(), seeds, rows)
+
+
+def test_three_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
+    with at_home(chain.home):
+        result = ablate_retriever(small_config(), [0], ["rgrpo", "dpo", "sft"])
+    made = Counter(r.ref.name for r in result.reports if not r.cached)
+    assert made == {
+        "retriever_row": 4,  # BM25 is measured for the overlap with it
+        "embedder_negatives": 1,
+        "embedder_hard": 1,
+        "index": 1,
+        "retriever_ablation": 1,
+    }
+    ordinary = {r.ref.fingerprint for r in chain.results[0].reports}
+    shared = {r.ref.name for r in result.reports if r.ref.fingerprint in ordinary}
+    assert {"judge", "embedder_sft", "embedder_rgrpo", "index"} <= shared
+    folder = chain.artifacts.path(result.table)
+    assert {TABLE, REPORT, PLOT} <= {p.name for p in folder.iterdir()}
+    assert (folder / PLOT).read_bytes()[1:4] == b"PNG"
+    with at_home(chain.home):
+        from flows.ablate_retriever import read_report
+
+        rows, text = read_report(folder)
+    overall = {r["run"]: r for r in rows if r["segment"] == "all"}
+    assert list(overall) == [TITLES[name] for name in ("sft", "dpo", "rgrpo")]
+    for row in overall.values():
+        for metric in ("hitrate@100", "recall@10", "ndcg@10", "mrr@10", "goodrate@10", "judged@10"):
+            assert 0 <= row[f"{metric}_low"] <= row[metric] <= row[f"{metric}_high"] <= 1
+        assert row["lexical_overlap@10"] >= 0 and row["quality@10"] >= 0 and row["train_s"] > 0
+    assert overall["SFT"]["judge_tokens"] == 0
+    assert overall[TITLES["dpo"]]["judge_tokens"] > overall[TITLES["dpo"]]["judge_pairs"] > 0
+    assert overall[TITLES["rgrpo"]]["judge_pairs"] > 0
+    assert "ndcg@10_diff" in overall[TITLES["rgrpo"]]
+    assert TITLES["dpo"] in text and "seeds of the retriever: 0" in text
+    assert ablation_table(rows, "t").row_count == 3
+    ordinary_rows = read_rows(chain)
+    for name, title in (("SFT", TITLES["sft"]), ("SFT + R-GRPO", TITLES["rgrpo"])):
+        for metric in ("recall@10", "ndcg@10", "hitrate@100", "goodrate@10", "quality@10"):
+            assert overall[title][metric] == pytest.approx(ordinary_rows[name][metric]), metric
+
+
+def read_rows(chain: Chain) -> dict[str, dict[str, Any]]:
+    """The ordinary run's retrieval table, overall."""
+    from tasks.evaluate import RETRIEVAL_TABLE, read_table
+
+    folder = chain.artifacts.path(chain.results[0].retriever.evaluation)
+    return {r["run"]: r for r in read_table(folder, RETRIEVAL_TABLE) if r["segment"] == "all"}
