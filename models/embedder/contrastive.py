@@ -3,9 +3,9 @@
 Consumes an encoder folder and a store's train split -> produces an encoder folder.
 
 No hard-negative mining anywhere, as in the paper. Departures (ours): pairs are weighted by grade;
-known positives of a query and copies of its own positive are no negatives of it; long batches can
-be embedded in chunks (gradient caching) with the gradient of the full batch; the loss can be the
-mean over several truncated widths (Matryoshka).
+known positives of a query, and products of the same text as one, are no negatives of it; long
+batches can be embedded in chunks (gradient caching) with the gradient of the full batch; the loss
+can be the mean over several truncated widths (Matryoshka).
 
 Shapes: B pairs, N global negatives, P = B + N, D dim.
 """
@@ -26,9 +26,15 @@ from torch import nn
 from models.embedder.config import ContrastiveConfig
 from models.embedder.encoder import load_encoder
 from models.embedder.fitting import features, fit
-from models.embedder.pairs import PositivePair, known_positives, positive_pairs
+from models.embedder.pairs import (
+    Copies,
+    PositivePair,
+    known_positives,
+    masked_columns,
+    positive_pairs,
+)
 from models.errors import ConfigError, explain
-from models.objectives.infonce import false_negatives, infonce
+from models.objectives.infonce import infonce
 from models.store import Store
 from models.text import product_text
 from models.types import MetricSink
@@ -132,6 +138,7 @@ class PairCollator:
         self.queries = store.query_by_id
         self.catalogue = list(self.products)
         self.known = known_positives(store, pairs)
+        self.copies = Copies(self.products)
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Any]:
         """Features by column, and label {"masked": [B, P], "weight": [B]}."""
@@ -152,10 +159,8 @@ class PairCollator:
         return [self.catalogue[i] for i in picks]
 
     def _labels(self, batch: Sequence[PositivePair], negatives: list[str]) -> dict[str, Any]:
-        known = [self.known[p.query_id] for p in batch]
-        if not self.config.mask_false_negatives:
-            known = [set() for _ in batch]
-        masked = false_negatives(known, [p.product_id for p in batch], negatives)
+        known = self.known if self.config.mask_false_negatives else {}
+        masked = masked_columns(batch, known, self.copies, negatives)
         weight = torch.tensor([p.weight for p in batch], dtype=torch.float32)
         return {"masked": masked, "weight": weight}
 

@@ -25,9 +25,15 @@ from torch.nn import functional
 from models.embedder.config import ContrastiveConfig, HardNegativeConfig
 from models.embedder.encoder import encode, encode_products, load_encoder
 from models.embedder.fitting import features, fit
-from models.embedder.pairs import PositivePair, known_positives, positive_pairs
+from models.embedder.pairs import (
+    Copies,
+    PositivePair,
+    known_positives,
+    masked_columns,
+    positive_pairs,
+)
 from models.errors import DataContractError, explain
-from models.objectives.infonce import false_negatives, infonce
+from models.objectives.infonce import infonce
 from models.objectives.ranking import hard_infonce, margin_ranking, similarity_dpo
 from models.store import Store
 from models.text import product_text
@@ -90,6 +96,7 @@ class HardNegativeCollator:
         self.encoder, self.pairs = encoder, pairs
         self.products, self.queries = store.product_by_id, store.query_by_id
         self.known = known_positives(store, pairs)
+        self.copies = Copies(self.products)
         self.negatives = {
             q: list(islice(cycle(ids), config.negatives)) for q, ids in negatives.items() if ids
         }
@@ -105,11 +112,7 @@ class HardNegativeCollator:
             "positive": [product_text(self.products[p.product_id]) for p in batch],
             "negative": [product_text(self.products[p]) for p in mined],
         }
-        label = {
-            "masked": false_negatives(
-                [self.known[p.query_id] for p in batch], [p.product_id for p in batch], []
-            )
-        }
+        label = {"masked": masked_columns(batch, self.known, self.copies)}
         if self.config.loss == "dpo":
             label["reference"] = self.reference[numbers]
         return features(self.encoder, texts) | {"label": label}

@@ -3,9 +3,9 @@
 Consumes an encoder, an index of the catalogue, a store's train queries and a judge -> produces
 hard_negatives.jsonl. The paper's method needs none; its rivals in the table do.
 
-Never mined: what people judged grade 3 or 4, and a query's positive by an event. What nobody
-judged is the judge's to say, so a judge that is wrong makes false negatives; the share of mined
-products that people judged, and judged poor as well, is returned.
+Never mined: what people judged grade 3 or 4, a query's positive by an event, and copies of them.
+What nobody judged is the judge's to say, so a judge that is wrong makes false negatives; the share
+of mined products that people judged, and judged poor as well, is returned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from models.embedder.config import ContrastiveConfig, MiningConfig
 from models.embedder.encoder import encode
-from models.embedder.pairs import known_positives, positive_pairs
+from models.embedder.pairs import Copies, known_positives, positive_pairs
 from models.errors import DataContractError, explain
 from models.index.base import VectorIndex
 from models.rewards.relevance import JudgeRelevance, read_out
@@ -66,7 +66,8 @@ def mine(
         DataContractError: nothing was mined.
     """
     pairs = positive_pairs(store, ContrastiveConfig(min_grade=3, max_pairs=None))
-    known = known_positives(store, pairs)
+    copies = Copies(store.product_by_id)
+    known = {q: copies.all_of(ids) for q, ids in known_positives(store, pairs).items()}
     wanted = list(dict.fromkeys(p.query_id for p in pairs))
     order = np.random.default_rng(config.seed).permutation(len(wanted))[: config.max_queries]
     queries = [store.query_by_id[wanted[i]] for i in order]
@@ -86,7 +87,7 @@ def mine(
                 strict=True,
             )
             for rank, (product_id, score) in enumerate(zip(ids, scores, strict=True), start=1)
-            if product_id not in known[q.query_id]
+            if copies.of(product_id) not in known[q.query_id]
         ]
         candidates += len(near)
         asked = [(store.query_by_id[n.query_id], store.product_by_id[n.product_id]) for n in near]

@@ -5,14 +5,18 @@ Consumes a store -> produces weighted (query, product) pairs, and what is no hon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from models.embedder.config import ContrastiveConfig
 from models.errors import DataContractError, explain
+from models.objectives.infonce import false_negatives
 from models.store import Store
+from models.text import product_text
+from models.types import Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +83,44 @@ def known_positives(store: Store, pairs: Sequence[PositivePair]) -> dict[str, se
     for pair in pairs:
         known.setdefault(pair.query_id, set()).add(pair.product_id)
     return known
+
+
+class Copies:
+    """Products of one text count as one product: catalogues list the same item more than once.
+
+    >>> same = Copies({"a": Product("a", "red sofa"), "b": Product("b", "red sofa")})
+    >>> same.of("b"), same.all_of({"a", "b"})
+    ('a', {'a'})
+    """
+
+    def __init__(self, products: Mapping[str, Product]) -> None:
+        first: dict[str, str] = {}
+        self._first = {i: first.setdefault(product_text(p), i) for i, p in products.items()}
+
+    def of(self, product_id: str) -> str:
+        """The first product of the same text."""
+        return self._first[product_id]
+
+    def all_of(self, product_ids: Iterable[str]) -> set[str]:
+        """The same of many; ids that are no products are left out."""
+        return {self._first[i] for i in product_ids if i in self._first}
+
+
+def masked_columns(
+    pairs: Sequence[PositivePair],
+    known: Mapping[str, set[str]],
+    copies: Copies,
+    others: Sequence[str] = (),
+) -> torch.Tensor:
+    """[B, B + N] bool: pool columns that are no honest negatives of a pair's query.
+
+    Those are the query's known positives, and copies of any of them or of the pair's own product.
+
+    Args:
+        others: N product ids behind the batch's own positives.
+    """
+    return false_negatives(
+        [copies.all_of(known.get(p.query_id, ())) for p in pairs],
+        [copies.of(p.product_id) for p in pairs],
+        [copies.of(i) for i in others],
+    )

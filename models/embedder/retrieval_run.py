@@ -24,11 +24,17 @@ from torch import nn
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
 from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
 from models.embedder.encoder import embed, encode, load_encoder
-from models.embedder.pairs import PositivePair, known_positives, positive_pairs
+from models.embedder.pairs import (
+    Copies,
+    PositivePair,
+    known_positives,
+    masked_columns,
+    positive_pairs,
+)
 from models.embedder.retrieval_grpo import retrieval_grpo
 from models.errors import DataContractError, DivergenceError, explain
 from models.lm.precision import autocast
-from models.objectives.infonce import false_negatives, infonce
+from models.objectives.infonce import infonce
 from models.rewards.base import Reward, total_reward
 from models.store import Store
 from models.text import product_text
@@ -160,6 +166,7 @@ class Run:
             anchor = ContrastiveConfig(min_grade=config.min_grade, seed=config.seed)
             self.anchor = positive_pairs(store, anchor)
             self.known = known_positives(store, self.anchor)
+            self.copies = Copies(store.product_by_id)
         log.info("rgrpo: %d queries, pool of %d products", len(self.queries), len(ids))
 
     # --- the loop -------------------------------------------------------------------------------
@@ -316,9 +323,7 @@ class Run:
         pairs = [self.anchor[i] for i in rng.permutation(len(self.anchor))[:size]]
         queries = [self.store.query_by_id[p.query_id].text for p in pairs]
         products = [product_text(self.store.product_by_id[p.product_id]) for p in pairs]
-        masked = false_negatives(
-            [self.known[p.query_id] for p in pairs], [p.product_id for p in pairs], []
-        )
+        masked = masked_columns(pairs, self.known, self.copies)
         return infonce(
             embed(self.encoder, queries, "query"),
             embed(self.encoder, products, "document"),

@@ -29,7 +29,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def cell(row: Row, metric: str) -> str:
-    """A metric in percent, with its interval where INTERVALS asks for it; "-" for none.
+    """A metric in percent; those of INTERVALS with interval and scatter over seeds; "-" for none.
 
     >>> cell({"ndcg@10": 0.25, "ndcg@10_low": 0.2, "ndcg@10_high": 0.3}, "ndcg@10")
     '25.0 [20.0, 30.0]'
@@ -40,6 +40,8 @@ def cell(row: Row, metric: str) -> str:
     shown = f"{100 * float(value):.1f}"  # type: ignore[arg-type]
     if metric in INTERVALS:
         shown += f" [{100 * row[f'{metric}_low']:.1f}, {100 * row[f'{metric}_high']:.1f}]"
+    if metric in INTERVALS and _number(row.get(f"{metric}_sd")):
+        shown += f" sd {100 * row[f'{metric}_sd']:.1f}"
     return shown
 
 

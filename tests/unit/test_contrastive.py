@@ -19,7 +19,7 @@ from models.embedder.contrastive import (
     train_contrastive,
 )
 from models.embedder.encoder import encode, load_encoder, prepare_encoder
-from models.embedder.pairs import positive_pairs
+from models.embedder.pairs import Copies, PositivePair, masked_columns, positive_pairs
 from models.embedder.tiny import build_tiny_encoder
 from models.errors import ConfigError, DataContractError, WeightsError
 from models.lm.tiny import build_tiny_lm
@@ -27,6 +27,7 @@ from models.metrics import ListSink
 from models.objectives.infonce import infonce
 from models.schemas import TABLES
 from models.store import Store
+from models.types import Product
 
 WORDS = {"sofa": "couch", "lamp": "light", "rug": "carpet", "mug": "cup", "hat": "cap"}
 COLOURS = ("red", "blue", "green", "grey")
@@ -196,6 +197,19 @@ def test_cached_gradients_replay_dropout(encoder_dir: Path, store: Store) -> Non
     full = gradients(encoder_dir, store, None, train=True)
     for a, b in zip(full, one_chunk, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_products_of_one_text_are_one_product() -> None:
+    """A listing twice in the catalogue is no negative of itself, nor of what its twin answers."""
+    titles = {"a": "red sofa", "twin": "red sofa", "b": "blue lamp", "c": "rug", "c2": "rug"}
+    copies = Copies({i: Product(i, title) for i, title in titles.items()})
+    pairs = [PositivePair("q", "a", 1.0), PositivePair("r", "b", 1.0), PositivePair("s", "twin", 1)]
+    masked = masked_columns(pairs, {"q": {"a", "c"}, "r": {"b"}}, copies, ["twin", "c2", "b"])
+    assert masked.int().tolist() == [
+        [0, 0, 1, 1, 1, 0],  # its twins, and the copy of c
+        [0, 0, 0, 0, 0, 1],
+        [1, 0, 0, 1, 0, 0],
+    ]
 
 
 def batch_columns(
