@@ -102,8 +102,8 @@ def _good(
     verdict: dict[tuple[str, str], float] = {}
     for start in range(0, len(pairs), JUDGED_AT_ONCE):
         part = pairs[start : start + JUDGED_AT_ONCE]
-        for (query, product), good in zip(part, relevance.is_good(part), strict=True):
-            verdict[query.query_id, product.product_id] = float(good)
+        for (query, product), word in zip(part, relevance.is_good(part), strict=True):
+            verdict[query.query_id, product.product_id] = float(word)
         ctx.progress(start + len(part), len(pairs), "pairs judged for Goodrate")
 
     def good(query: Any, found: Any) -> list[float]:
@@ -138,7 +138,7 @@ def retriever_ablation(
     parts = {name: [body["parts"] for body in bodies] for name, bodies in loaded.items()}
     table = table_rows(parts, first["segments"], against)
     costs = {name: _cost(ctx, trained.get(name, []), len(refs)) for name, refs in rows.items()}
-    table = [row | costs[str(row["run"])] for row in table]
+    table = [{**row, **costs[str(row["run"])]} for row in table]
     notes = [*notes, f"item quality: {first['quality_source']}"]
     text = markdown(table, against, notes)
     plot = figure(table)

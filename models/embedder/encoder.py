@@ -74,7 +74,15 @@ def prepare_encoder(path: str, config: EncoderConfig, out: Path) -> None:
     from sentence_transformers.sentence_transformer import modules
 
     try:
-        body = modules.Transformer(path, model_kwargs={"use_safetensors": True})
+        # text alone: by default the library would wrap it in a chat model's template
+        body = modules.Transformer(
+            path,
+            model_kwargs={"use_safetensors": True},
+            modality_config={
+                "text": {"method": "forward", "method_output_name": "last_hidden_state"}
+            },
+            module_output_name="token_embeddings",
+        )
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
     pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=config.pooling)

@@ -420,22 +420,27 @@ def test_a_run_that_collapses_late_keeps_what_it_had_learned(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four good steps, then a learning rate that destroys the encoder."""
-    monkeypatch.setattr(Run, "_lr", lambda self: 1e-3 if self.step < 4 else 10.0)
+    """The 24 steps that raise quality, then a learning rate that destroys the encoder."""
+    good = 24
+    monkeypatch.setattr(
+        Run, "_lr", lambda self: 1e-3 * (1 - self.step / good) if self.step < good else 10.0
+    )
     config = FAST.model_copy(update={"steps": 40, "recall_noise": 0.0})
-    with pytest.raises(DivergenceError, match="at step 8"):
+    with pytest.raises(DivergenceError, match="at step 28"):
         train_retrieval_grpo(
             str(encoder_dir), store, [quality], config, tmp_path / "out", tmp_path / "s", ListSink()
         )
-    short = config.model_copy(update={"steps": 4})
+    short = config.model_copy(update={"steps": good})
     numbers = train_retrieval_grpo(
-        str(encoder_dir), store, [quality], short, tmp_path / "four", tmp_path / "f", ListSink()
+        str(encoder_dir), store, [quality], short, tmp_path / "short", tmp_path / "f", ListSink()
     )
-    assert numbers["best_step"] == 4, "the first four steps help, or this test shows nothing"
-    kept, four = (
-        encode(load_encoder(str(tmp_path / d)), ["sofa new", "acme rug"]) for d in ("out", "four")
+    assert numbers["best_step"] > 0, "the start was the best, so this test shows nothing"
+    texts = ["sofa new", "acme rug"]
+    kept, best, start = (
+        encode(load_encoder(str(d)), texts)
+        for d in (tmp_path / "out", tmp_path / "short", encoder_dir)
     )
-    assert np.allclose(kept, four, atol=1e-6)
+    assert np.allclose(kept, best, atol=1e-6) and not np.allclose(kept, start, atol=1e-3)
 
 
 def test_a_store_without_validation_judgments_is_refused(
