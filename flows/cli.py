@@ -553,6 +553,7 @@ def ablate_retriever(
 
         relearn ablate retriever --seeds 0 --rows sft,ranking,dpo,rgrpo
     """
+    numbers = _numbers(seeds, "--seeds")
     _prepare(home, data)
     from flows import ablate_retriever as flow
     from flows.recipes import recipe as make_recipe
@@ -560,7 +561,7 @@ def ablate_retriever(
 
     config = make_recipe(recipe, store, changes or [])
     names = [name.strip() for name in rows.split(",") if name.strip()] or list(flow.TITLES)
-    result = flow.ablate_retriever(config, _numbers(seeds, "--seeds"), names)
+    result = flow.ablate_retriever(config, numbers, names)
     folder = ArtifactStore(settings()).path(result.table)
     table, text = flow.read_report(folder)
     console.print(flow.ablation_table(table, f"Retriever ablation, {config.name}"))

@@ -109,6 +109,12 @@ def test_every_command_has_help(relearn: Relearn, command: str) -> None:
     assert "Usage:" in text and "--home" in text and len(text.split()) > 40
 
 
+def test_ablations_are_commands_of_their_own(relearn: Relearn) -> None:
+    text = relearn("ablate", "retriever", "--help").check()
+    assert all(option in text for option in ("--rows", "--seeds", "--set", "--home", "--store"))
+    relearn("ablate", "retriever", "--seeds", "0,x").check_refused("--seeds '0,x'", "whole numbers")
+
+
 def test_the_script_is_installed_and_light() -> None:
     script = Path(sys.executable).with_name("relearn")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
