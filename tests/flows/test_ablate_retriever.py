@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flows import ablate_retriever as flow
 from flows.ablate_retriever import TITLES, RowPlan, ablate_retriever, ablation_table, row_plan
 from models.errors import ConfigError
 from models.evaluation.retriever_rows import interval, over_seeds, table_rows
+from tasks.artifacts import ArtifactRef
 from tasks.retriever_ablation import PLOT, REPORT, TABLE
+from tasks.stage import Stage
 from tests.flows.conftest import Chain, at_home, small_config
 
 EMBEDDER = small_config().embedder
@@ -90,6 +96,50 @@ def test_means_over_seeds_and_pooled_metrics_as_arithmetic() -> None:
 def test_wrong_rows_and_seeds_are_one_clear_error(rows: list[str], seeds: list[int]) -> None:
     with pytest.raises(ConfigError, match="rgrpo_no_sft"):
         ablate_retriever.fn(small_config(), seeds, rows)
+
+
+def named(name: str, digit: str) -> ArtifactRef:
+    return ArtifactRef(kind="data", name=name, version=digit, uri="", fingerprint=digit * 64)
+
+
+def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All rows, two seeds, no stage run: what is counted are distinct identities."""
+    called: set[tuple[str, str]] = set()
+
+    def identify(stage: Stage, **inputs: Any) -> ArtifactRef:
+        fingerprint = stage.identity(**inputs).fingerprint
+        called.add((stage.name, fingerprint))
+        return ArtifactRef(
+            kind=stage.kind, name=stage.name, version="v", uri="", fingerprint=fingerprint
+        )
+
+    @contextmanager
+    def no_run(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        yield SimpleNamespace(reports=[], run_id="r")
+
+    monkeypatch.setattr(Stage, "__call__", identify)
+    monkeypatch.setattr(flow, "pipeline", no_run)
+    monkeypatch.setattr(flow, "prepare_data", lambda config: named("validate", "0"))
+    judge = SimpleNamespace(judge=named("judge", "1"))
+    monkeypatch.setattr(flow, "train_judge", lambda config, store: judge)
+    ablate_retriever.fn(small_config(), [0, 1], list(TITLES))
+    rgrpo = 2 * 6
+    assert Counter(name for name, _ in called) == {
+        "base_model": 2,  # the encoder's and the weaker judge's
+        "judge_prompt": 1,
+        "judge_teacher": 1,
+        "judge_cot_sft": 1,
+        "judge": 1,
+        "embedder_sft": 2,
+        "embedder_negatives": 2,
+        "embedder_hard": 2 * 2,
+        "embedder_rgrpo": rgrpo,
+        "index": 1 + 2 + 2 * 2 + rgrpo,
+        "retriever_row": 2 + 1 + 1 + 2 + 2 * 2 + rgrpo,
+        "retriever_ablation": 1,
+    }
 
 
 def test_three_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
