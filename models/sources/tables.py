@@ -25,7 +25,7 @@ _OPTIONAL = "interactions"
 
 def files(source: TablesSource, folder: Path) -> list[Path]:
     """The files `read` opens."""
-    return list(_paths(folder).values())
+    return list(paths(folder).values())
 
 
 def read(
@@ -37,7 +37,7 @@ def read(
         DataContractError: a file is missing or unreadable, or lacks a column.
     """
     tables: dict[str, pa.Table | pd.DataFrame] = {}
-    for name, path in _paths(folder).items():
+    for name, path in paths(folder).items():
         required = [field.name for field in TABLES[name] if not field.nullable]
         if path.suffix == ".parquet":
             tables[name] = reading.read_parquet(path, required)
@@ -48,7 +48,12 @@ def read(
     return tables, {"rules": "default", "quality": _quality(tables["products"])}
 
 
-def _paths(folder: Path) -> dict[str, Path]:
+def paths(folder: Path) -> dict[str, Path]:
+    """The file of each table in `folder`; interactions only where there are some.
+
+    Raises:
+        DataContractError: another table is missing.
+    """
     wanted = {name: reading.variants(name, _KINDS) for name in TABLES}
     optional = reading.find(folder, wanted.pop(_OPTIONAL))
     found = reading.require(folder, wanted, WHERE)
