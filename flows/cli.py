@@ -332,9 +332,9 @@ def refresh(
     served once its recall has passed; until then, and after a crash, the old one is.
     """
     _prepare(home, data)
-    from flows.index import refresh_index
+    from flows.index import refresh_published
 
-    done = refresh_index(store)
+    done = refresh_published(store)
     console.print(
         f"version {done['version']}: {done['rows']} products; {done['inserted']} inserted, "
         f"{done['updated']} updated, {done['deleted']} deleted, {done['unchanged']} unchanged, "
@@ -449,6 +449,61 @@ def _seeds(text: str) -> tuple[int, ...]:
     except ValueError:
         expected = "whole numbers with commas"
         raise ConfigError(explain(f"--seeds {text}", expected, "write e.g. 0,1,2")) from None
+
+
+@app.command()
+def monitor(
+    recipe: Annotated[
+        str, typer.Option(help="As given to `relearn run`: smoke, small or full.")
+    ] = "small",
+    store: Annotated[
+        str, typer.Option(help="As given to `relearn run`: synthetic, homedepot, tables, ...")
+    ] = "synthetic",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with today's files; synthetic needs none.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one setting, e.g. --set monitor.query_mmd.limit=0.05."),
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Compare today's data with what the champions were trained on, and ask for what mends it.
+
+    Looks at new terms, segments and embeddings of queries, terms and categories of products, the
+    judge's confidence and contradictions on what search finds, the age of labels, and products that
+    the served index lacks. Each value has a limit; a breach sends an event, and with `relearn up`
+    an automation runs the deployment that helps (retrain, retrain-judge, retrain-embedder or
+    refresh-index), at most once a cooldown. Without a server the pass says what it would have run.
+    Every pass is an MLflow run. What needs a model is cached until data or champions change.
+
+    Exit code 1 when a limit is passed.
+
+    Examples:
+
+        relearn monitor
+
+        relearn monitor --store tables --data TODAY --set monitor.query_new_terms.limit=0.3
+
+        relearn monitor --set monitor.cooldown_hours=72 --set monitor.query_mmd.reaction=none
+    """
+    _prepare(home, data)
+    from flows.monitor import monitor as run_monitor
+    from flows.recipes import recipe as make_recipe
+    from flows.scheduled import Chain
+    from flows.tables import monitor_table
+
+    make_recipe(recipe, store, changes or [])  # its errors name the option
+    folder = None if data is None else str(data.expanduser().resolve())
+    chain = Chain.model_validate(
+        {"recipe": recipe, "store": store, "data": folder, "changes": changes or []}
+    )
+    done = run_monitor(chain)
+    console.print(monitor_table(done.report))
+    for line in done.outcomes or ["all within their limits: nothing to run"]:
+        _say(line)
+    if done.report.over:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 
-from models.errors import ConfigError, explain
+from flows.data import prepare_data
+from flows.scheduled import RUN_NAME, Chain, data_folder
+from models.errors import ArtifactError, ConfigError, explain
 from models.index.config import RefreshConfig
 from tasks.artifacts import ArtifactStore
-from tasks.publish import refresh
+from tasks.publish import published, refresh, refresh_to
 from tasks.release import finish_pending
 from tasks.settings import settings
-from tasks.stage import MlflowSink, pipeline
+from tasks.stage import MlflowSink, current_settings, pipeline
+
+Apply = Callable[..., tuple[Any, Any]]
 
 
-@flow(name="refresh-index", log_prints=False)
-def refresh_index(name: str, config: RefreshConfig | None = None) -> dict[str, Any]:
+@flow(name="refresh", log_prints=False)
+def refresh_published(name: str, config: RefreshConfig | None = None) -> dict[str, Any]:
     """Apply the products delta in the data folder to the published index of store `name`.
 
     Returns:
@@ -26,15 +32,66 @@ def refresh_index(name: str, config: RefreshConfig | None = None) -> dict[str, A
     folder = settings().data_dir
     if folder is None:
         raise ConfigError(explain("no data folder", "a folder with the delta", "pass --data DIR"))
-    apply = task(name="refresh_index", persist_result=False)(refresh)
     with pipeline(f"refresh {name}", experiment=name) as current:
-        artifacts = ArtifactStore(settings().model_copy(update={"experiment": name}))
-        finish_pending(name, artifacts=artifacts)
-        sink = MlflowSink(artifacts.client, current.run_id)
-        made, counts = apply(
-            name, folder, config or RefreshConfig(), artifacts=artifacts, sink=sink
-        )
-        sink.flush()
+        return _refreshed(name, refresh, folder, config, current.run_id)
+
+
+@flow(name="refresh-index", flow_run_name=RUN_NAME)
+def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
+    """Bring the published index up to date with changed products.
+
+    delta: folder on the machine that runs the flow, with changed rows as products.parquet or .csv;
+    an empty one means that nothing changed. None: the products of today's whole catalogue that the
+    index lacks or holds otherwise, and those that it holds no more.
+
+    Returns:
+        as `refresh_published`; of an empty delta folder the version alone.
+
+    Raises:
+        ArtifactError: nothing is published. ConfigError: no such folder.
+    """
+    config = chain.config
+    _require_published(config.name)
+    if delta is None:
+        with data_folder(chain), pipeline(f"refresh {config.name}", config.name) as current:
+            today = prepare_data(config.data)
+            return _refreshed(config.name, refresh_to, today, None, current.run_id)
+    folder = Path(delta).expanduser()
+    if not folder.is_dir():
+        got = f"delta {delta} on this machine"
+        raise ConfigError(explain(got, "a folder with the delta", "fix the path"))
+    with pipeline(f"refresh {config.name}", config.name) as current:
+        if not any(folder.iterdir()):
+            current_version = _require_published(config.name)
+            return {"version": current_version, "delta": f"{folder} is empty: nothing changed"}
+        return _refreshed(config.name, refresh, folder, None, current.run_id)
+
+
+def _require_published(name: str) -> int:
+    """The served version.
+
+    Raises:
+        ArtifactError: nothing is published.
+    """
+    artifacts = ArtifactStore(current_settings().model_copy(update={"experiment": name}))
+    finish_pending(name, artifacts=artifacts)
+    served = published(name, artifacts=artifacts)
+    if served is None:
+        got = f"no published index of {name}"
+        raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
+    return served.version
+
+
+def _refreshed(
+    name: str, apply: Apply, source: Any, config: RefreshConfig | None, run_id: str
+) -> dict[str, Any]:
+    """Apply `source` to the index of `name`, with the run's numbers in MLflow."""
+    run = task(name="refresh_index", persist_result=False)(apply)
+    artifacts = ArtifactStore(settings().model_copy(update={"experiment": name}))
+    finish_pending(name, artifacts=artifacts)
+    sink = MlflowSink(artifacts.client, run_id)
+    made, counts = run(name, source, config or RefreshConfig(), artifacts=artifacts, sink=sink)
+    sink.flush()
     facts = made.facts
     return {
         "version": made.version,

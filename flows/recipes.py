@@ -28,6 +28,7 @@ from models.embedder.config import (
 )
 from models.errors import ConfigError, explain
 from models.evaluation.gate import GateConfig
+from models.evaluation.monitor import MonitorConfig
 from models.index.config import IndexConfig
 from models.judge.config import (
     CrossEncoderConfig,
@@ -123,6 +124,8 @@ class PipelineConfig(_Config):
     """What a candidate must reach to become champion."""
     ablation: JudgeAblationConfig = JudgeAblationConfig()
     """Read by `relearn ablate judge` alone."""
+    monitor: MonitorConfig = MonitorConfig()
+    """How far today's data may move from the champions' before something is run."""
 
 
 def _source(store: str) -> Any:

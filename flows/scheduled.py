@@ -67,7 +67,7 @@ class Chain(BaseModel):
 @flow(name="retrain", flow_run_name=RUN_NAME)
 def retrain(chain: Chain) -> ReleaseResult:
     """Data, judge, retriever, index, evaluation, registration, gate: the whole chain."""
-    with _data_folder(chain):
+    with data_folder(chain):
         return run_pipeline(chain.config).release
 
 
@@ -77,7 +77,7 @@ def retrain_judge(chain: Chain) -> ReleaseResult:
     config = chain.config
     for role in ("embedder", "index"):
         _champion(config.name, role)  # before the training, not after
-    with _data_folder(chain), pipeline(f"retrain-judge {config.name}", config.name):
+    with data_folder(chain), pipeline(f"retrain-judge {config.name}", config.name):
         store = prepare_data(config.data)
         made = train_judge(config.judge, store)
         return release(config.name, judge=made, gate=config.gate)
@@ -88,7 +88,7 @@ def retrain_embedder(chain: Chain) -> ReleaseResult:
     """Contrastive SFT and Retrieval-GRPO on today's data, with the champion judge as the reward."""
     config = chain.config
     judge = _champion(config.name, "judge")
-    with _data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
+    with data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
         store = prepare_data(config.data)
         made = train_embedder(config.embedder, store, judge)
         return release(config.name, retriever=made, gate=config.gate)
@@ -99,7 +99,7 @@ def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
     """Both tables for the champions on the held-out queries of today's data; trains nothing."""
     config = chain.config
     judge, encoder = (_champion(config.name, role) for role in ("judge", "embedder"))
-    with _data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):
+    with data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):
         store = prepare_data(config.data)
         # a finished judge carries the prompt that it reads by
         answers = judge_answers(config=config.judge.answers, prompt=judge, judge=judge, store=store)
@@ -112,14 +112,15 @@ def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
             judge=judge,
             store=store,
         )
-    artifacts = _artifacts(config.name)
+    artifacts = artifacts_of(config.name)
     return {
         "judge": read_table(artifacts.path(judged), JUDGE_TABLE),
         "retrieval": read_table(artifacts.path(retrieved), RETRIEVAL_TABLE),
     }
 
 
-def _artifacts(name: str) -> ArtifactStore:
+def artifacts_of(name: str) -> ArtifactStore:
+    """The artifact store, with the store's experiment."""
     return ArtifactStore(settings().model_copy(update={"experiment": name}))
 
 
@@ -129,7 +130,7 @@ def _champion(name: str, role: str) -> ArtifactRef:
     Raises:
         ArtifactError: there is none.
     """
-    found = champion(model_name(name, role), store=_artifacts(name))
+    found = champion(model_name(name, role), store=artifacts_of(name))
     if found is None:
         got = f"no champion of {model_name(name, role)}"
         raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
@@ -137,7 +138,7 @@ def _champion(name: str, role: str) -> ArtifactRef:
 
 
 @contextmanager
-def _data_folder(chain: Chain) -> Iterator[None]:
+def data_folder(chain: Chain) -> Iterator[None]:
     """`settings()` names the chain's data folder inside: circumstance, so no part of its config.
 
     Raises:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from models.evaluation.ablation_report import wide
 from models.evaluation.gate import Decision, Outcome, shown, verdict
+from models.evaluation.monitor import Report
 from tasks.services import RUNNING, Status
 from tasks.stage import StageReport
 
@@ -109,6 +110,19 @@ def decision_table(decision: Decision) -> Table:
         said = "yes" if r.passed else f"[{colours[r.otherwise]}]{verdict(r)}[/]"
         values = (shown(v) for v in (r.candidate, r.champion, r.bound))
         table.add_row(escape(r.name), *map(escape, values), said, escape(r.note))
+    return table
+
+
+def monitor_table(report: Report) -> Table:
+    """Every value of a monitor pass, with its limit."""
+    table = Table(title="Monitor", title_justify="left")
+    for name in ("measure", "value", "limit", "state", "runs", "note"):
+        table.add_column(name, justify="right" if name in ("value", "limit") else "left")
+    colours = {"OVER": "red", "ok": "green"}
+    for row in report.rows():
+        state = f"[{colours.get(row['state'], 'dim')}]{row['state']}[/]"
+        value, note = shown(row["value"]), escape(row["note"])
+        table.add_row(row["measure"], value, shown(row["limit"]), state, row["reaction"], note)
     return table
 
 

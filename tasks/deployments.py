@@ -1,7 +1,8 @@
 """Prefect's side of `relearn up`: the work pool, the deployments, and runs left behind.
 
 Consumes the address of a Prefect server -> produces a process pool, the deployments of
-infra/prefect.yaml, and a run list without runs that no process works on any more.
+infra/prefect.yaml with the automations that run them when the monitor asks, and a run list without
+runs that no process works on any more.
 
 Catch-up of missed schedules: of a deployment's scheduled runs that came due while nothing was up,
 the newest runs at once and the older ones are cancelled with that reason. Runs that a person asked
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,10 +102,41 @@ def deploy(file: Path, env: Mapping[str, str], folder: Path) -> list[str]:
 
 
 def _deployments_in(file: Path) -> set[str]:
+    return {entry["name"] for entry in _entries(file)}
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
     import yaml
 
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return {entry["name"] for entry in content["deployments"]}
+    entries: list[dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]
+    return entries
+
+
+def switched_off(url: str) -> set[str]:
+    """Names of the automations that a person has switched off."""
+    with _client(url) as client:
+        return {found.name for found in client.read_automations() if not found.enabled}
+
+
+def settle_automations(url: str, file: Path, off: Collection[str]) -> list[str]:
+    """Check that the automations of `file` exist, and switch those named in `off` off again: a
+    deployment that is registered again gets new ones. Returns a line each.
+
+    Raises:
+        ServiceError: the server has not made one.
+    """
+    wanted = [trigger["name"] for entry in _entries(file) for trigger in entry.get("triggers", ())]
+    said = []
+    with _client(url) as client:
+        found = {automation.name: automation for automation in client.read_automations()}
+        if missing := sorted(set(wanted) - set(found)):
+            got = f"no automation {', '.join(missing)} on the server"
+            raise ServiceError(explain(got, "one a trigger", f"check the triggers in {file}"))
+        for name in wanted:
+            if name in off:
+                client.pause_automation(found[name].id)
+            said.append(f"{name}{', switched off' if name in off else ''}")
+    return said
 
 
 def settle_runs(url: str) -> list[str]:

@@ -25,9 +25,11 @@ from tasks.lineage import find_artifact
 from tasks.settings import settings
 
 if TYPE_CHECKING:
+    from models.index.difference import Difference
     from models.index.lance import LanceIndex
     from models.index.published import Publication, PublishedIndex
     from models.index.refresh import RefreshCounts
+    from models.sources.delta import Delta
 
 log = logging.getLogger(__name__)
 INDEX_KIND = "index"
@@ -111,15 +113,66 @@ def refresh(
         ArtifactError: nothing is published, or its encoder is gone. DataContractError: the delta
             cannot be read. ConfigError: the result does not pass the gate.
     """
-    from models.index.refresh import refresh as apply
     from models.sources.delta import read_delta
 
     artifacts = artifacts or ArtifactStore(settings())
+    if published(store_name, artifacts=artifacts) is None:
+        raise _nothing(store_name, artifacts)
+    return _apply(store_name, read_delta(folder), config, artifacts, sink)
+
+
+def refresh_to(
+    store_name: str,
+    catalogue: ArtifactRef,
+    config: RefreshConfig,
+    *,
+    artifacts: ArtifactStore | None = None,
+    sink: MetricSink | None = None,
+) -> tuple[Publication, RefreshCounts]:
+    """Make the published index hold the products of the store `catalogue`, no other ones.
+
+    Raises:
+        As `refresh`.
+    """
+    artifacts = artifacts or ArtifactStore(settings())
+    delta = staleness(store_name, catalogue, artifacts=artifacts)[1].delta()
+    return _apply(store_name, delta, config, artifacts, sink)
+
+
+def staleness(
+    store_name: str, catalogue: ArtifactRef, *, artifacts: ArtifactStore | None = None
+) -> tuple[Publication, Difference]:
+    """What is served, and how it differs from the products of the store `catalogue`.
+
+    Raises:
+        ArtifactError: nothing is published.
+    """
+    from models.index.difference import difference
+    from models.store import stream_products
+
+    artifacts = artifacts or ArtifactStore(settings())
+    table = _table(store_name, artifacts)
+    current = table.current()
+    if current is None:
+        raise _nothing(store_name, artifacts)
+    products, _ = stream_products(artifacts.path(catalogue) / "store")
+    chars = current.facts.config.max_text_chars
+    return current, difference(table.open(current.version), products, chars)
+
+
+def _apply(
+    store_name: str,
+    delta: Delta,
+    config: RefreshConfig,
+    artifacts: ArtifactStore,
+    sink: MetricSink | None,
+) -> tuple[Publication, RefreshCounts]:
+    from models.index.refresh import refresh as apply
+
     table = _table(store_name, artifacts, config.keep)
     current = table.current()
     if current is None:
         raise _nothing(store_name, artifacts)
-    delta = read_delta(folder)
     encode = _lazy_encoder(artifacts, current.origin.encoder)
     return apply(table, delta, encode, config, sink or NullSink())
 

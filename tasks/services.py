@@ -365,12 +365,21 @@ def _wait_for_worker(record: Record, env: Mapping[str, str]) -> None:
 
 def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
     """Pool and deployments; and where no worker or flow run is alive, what they left behind."""
-    from tasks.deployments import deploy, ensure_pool, settle_runs
+    from tasks.deployments import (
+        deploy,
+        ensure_pool,
+        settle_automations,
+        settle_runs,
+        switched_off,
+    )
 
     url = env["PREFECT_API_URL"]
     ensure_pool(url)
+    off = switched_off(url)
     for line in deploy(DEPLOYMENTS, env, launch.home):
         say(f"Deployment: {line}")
+    for line in settle_automations(url, DEPLOYMENTS, off):
+        say(f"Automation: {line}")
     if not _outside(processes.marked(launch.home), launch.records, (PREFECT, MLFLOW)):
         for line in settle_runs(url):
             say(line)

@@ -185,7 +185,7 @@ class Report:
         return [
             {
                 "measure": v.name,
-                "value": None if v.value is None else round(v.value, 4),
+                "value": _shown(v.value),
                 "limit": v.bound.limit,
                 "state": v.mark,
                 "reaction": str(v.bound.reaction),
@@ -206,6 +206,11 @@ class Report:
             cells = [state, row["measure"], value, f"{row['limit']:g}", row["reaction"]]
             lines.append(f"| {' | '.join(cells)} | {row['note']} |")
         return "\n".join([*lines, "", *(f"* {line}" for line in outcomes)])
+
+
+def _shown(value: float | None) -> float | None:
+    """Four decimals; JSON has no number that is not finite."""
+    return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
 def cooling(

@@ -46,7 +46,17 @@ def test_models_run_where_no_orchestrator_is_installed() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["flows.pipeline", "flows.recipes", "flows.cli", "flows.scheduled", "flows.ablate_retriever"],
+    [
+        "flows.pipeline",
+        "flows.recipes",
+        "flows.cli",
+        "flows.scheduled",
+        "flows.monitor",
+        "flows.backfill",
+        "flows.index",
+        "flows.ablate",
+        "flows.ablate_retriever",
+    ],
 )
 def test_flows_load_no_heavy_library(module: str) -> None:
     if importlib.util.find_spec(module) is None:

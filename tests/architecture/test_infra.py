@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
+from uuid import UUID
 
 import pytest
 import yaml
@@ -25,29 +27,76 @@ SCHEDULES = {
     "retrain-judge": "weekly",
     "retrain-embedder": "daily",
     "evaluate-champion": "daily",
+    "refresh-index": "hourly",
+    "monitor": "hourly",
+    "backfill": "never",
 }
+FORMS = {
+    "backfill": {"span": {"from_date": "2026-03-01", "to_date": "2026-03-02"}},
+}
+"""What a person must fill in."""
 
 
 @pytest.mark.parametrize("entry", PREFECT["deployments"], ids=lambda e: e["name"])
 def test_a_deployment_names_a_flow_that_takes_its_parameters(entry: dict[str, Any]) -> None:
     flow = load_flow_from_entrypoint(entry["entrypoint"])
     assert flow.name == entry["name"] and entry["work_pool"]["name"] == POOL
-    chain = flow.validate_parameters(entry["parameters"])["chain"]
+    given = entry["parameters"] | FORMS.get(entry["name"], {})
+    chain = flow.validate_parameters(given)["chain"]
     assert chain == Chain() and chain.config.name == "synthetic"
     assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
 
 
 def test_schedules_are_those_promised_and_never_start_together() -> None:
-    crons = {e["name"]: e["schedules"][0] for e in PREFECT["deployments"]}
-    assert {name: _cadence(row["cron"]) for name, row in crons.items()} == SCHEDULES
+    crons = {e["name"]: e["schedules"][0] for e in PREFECT["deployments"] if "schedules" in e}
+    found = {e["name"]: "never" for e in PREFECT["deployments"]}
+    assert found | {name: _cadence(row["cron"]) for name, row in crons.items()} == SCHEDULES
     assert all(CronSchedule(**row).timezone == "UTC" for row in crons.values())
     assert len({row["cron"] for row in crons.values()}) == len(crons)
 
 
 def _cadence(cron: str) -> str:
     minute, hour, day, month, weekday = cron.split()
-    assert minute.isdigit() and hour.isdigit() and day == month == "*"
+    assert minute.isdigit() and day == month == "*"
+    if hour == "*":
+        assert weekday == "*"
+        return "hourly"
+    assert hour.isdigit()
     return "daily" if weekday == "*" else "weekly"
+
+
+def test_what_the_monitor_asks_for_has_an_automation_that_runs_it() -> None:
+    """By Prefect's own validators, with the event that the monitor sends."""
+    from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+    from prefect.server.events.actions import RunDeployment
+    from prefect.server.events.schemas.automations import EventTrigger
+    from prefect.server.events.schemas.events import ReceivedEvent, Resource
+
+    from models.evaluation.monitor import Reaction
+    from tasks.monitor import EVENT, REACTION_LABEL, STORE_RESOURCE
+
+    entries = {e["name"]: e["triggers"] for e in PREFECT["deployments"] if "triggers" in e}
+    assert set(entries) == {str(r) for r in Reaction} - {"none"}
+    names = [trigger["name"] for rows in entries.values() for trigger in rows]
+    assert len(set(names)) == len(names) == len(entries)
+    for name, (spec,) in entries.items():
+        made = DeploymentEventTrigger.model_validate(spec)
+        made.set_deployment_id(UUID(int=1))
+        automation = made.as_automation().model_dump(mode="json")
+        trigger = EventTrigger.model_validate(automation["trigger"])
+        RunDeployment.model_validate(automation["actions"][0])
+        for label in entries:
+            resource = {
+                "prefect.resource.id": f"{STORE_RESOURCE}homedepot-smoke",
+                REACTION_LABEL: label,
+            }
+            event = ReceivedEvent(
+                occurred=datetime(2026, 3, 1, tzinfo=UTC),
+                event=EVENT,
+                resource=Resource.model_validate(resource),
+                id=UUID(int=2),
+            )
+            assert trigger.covers(event) == (label == name)
 
 
 def test_the_form_offers_every_recipe_and_store() -> None:

@@ -23,7 +23,8 @@ from tests.releases import artifacts, make_release
 
 STORE = ("--store", "synthetic-smoke")
 COMMANDS = (
-    "run judge score search refresh evaluate lineage promote rollback versions up down status"
+    "run judge score search refresh evaluate monitor lineage promote rollback versions up down "
+    "status"
 ).split()
 
 

@@ -21,7 +21,8 @@ from tasks import processes
 from tasks.processes import MARK
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NAMES = ["evaluate-champion", "retrain", "retrain-embedder", "retrain-judge"]
+SCHEDULED = "evaluate-champion monitor refresh-index retrain retrain-embedder retrain-judge".split()
+NAMES = sorted([*SCHEDULED, "backfill"])
 WAIT_S = 240
 
 
@@ -93,15 +94,25 @@ def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> 
         found = {d.name: d for d in client.read_deployments()}
         assert sorted(found) == NAMES
         # with sqlalchemy 2.1 these silently never appear
-        scheduled = wait_for(lambda: scheduled_runs(client), lambda rows: len(rows) == len(NAMES))
-        assert sorted(scheduled) == NAMES
+        scheduled = wait_for(lambda: scheduled_runs(client), lambda r: len(r) == len(SCHEDULED))
+        assert sorted(scheduled) == SCHEDULED
         # through the worker: a process of its own imports the flow, and says what is missing
         run = client.create_flow_run_from_deployment(found["evaluate-champion"].id)
         state = wait_for(lambda: client.read_flow_run(run.id).state, lambda s: s.is_final())
         assert state.is_failed() and "no champion of synthetic-judge" in state.message, state
         assert client.read_flow_run(run.id).name == "synthetic small"
 
+        # the monitor's event runs the deployment that it names, with the chain that it watched
+        wanted = {"chain": {"recipe": "smoke", "store": "synthetic", "data": None, "changes": []}}
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{prefect}/api"}):
+            assert ask(wanted)
+        rows = wait_for(lambda: event_runs(client, found["retrain-judge"].id), len)
+        assert rows[0].parameters == wanted
+        (automation,) = [a for a in client.read_automations() if "retrain-judge" in a.name]
+        client.pause_automation(automation.id)
+
     again = relearn(home, "up")
+    assert "runs retrain-judge, switched off" in relearn(home, "up").stdout
     assert again.returncode == 0 and again.stdout.count("already running") == 3
 
     stopped = relearn(home, "down")
@@ -111,6 +122,26 @@ def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> 
         processes.refuse_taken_port(port, "the test", "--port")
     shown = relearn(home, "status")
     assert shown.returncode == 1 and shown.stdout.count("not started") == 3
+
+
+def ask(parameters: dict[str, Any]) -> bool:
+    """An event as the monitor sends it."""
+    from prefect.events.worker import EventsWorker
+
+    from models.evaluation.monitor import MonitorConfig, Reaction, Report
+    from tasks.monitor import send
+    from tasks.release import Release
+
+    report = Report.of(MonitorConfig(), {"entropy_rise": 1.0}, {})
+    sent = send("synthetic", Reaction.RETRAIN_JUDGE, report, parameters, Release({}), "run")
+    EventsWorker.drain_all()
+    return sent
+
+
+def event_runs(client: Any, deployment_id: Any) -> list[Any]:
+    """Runs of a deployment that an automation made."""
+    rows = client.read_flow_runs()
+    return [r for r in rows if r.deployment_id == deployment_id and not r.auto_scheduled]
 
 
 def scheduled_runs(client: Any) -> set[str]:

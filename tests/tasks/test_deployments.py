@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from models.errors import ConfigError
+from models.errors import ConfigError, ServiceError
 from tasks import deployments
 from tasks.deployments import POOL
 
@@ -139,6 +139,29 @@ def test_an_existing_pool_stays_as_people_set_it(url: str, client: Any, deployme
     deployments.ensure_pool(url)
     pool = client.read_work_pool(POOL)
     assert (pool.concurrency_limit, pool.type) == (3, "process")
+
+
+def test_automations_are_checked_and_stay_as_people_switched_them(
+    url: str, client: Any, deployment: Any, tmp_path: Path
+) -> None:
+    from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+
+    name = "drift runs nothing"
+    trigger = DeploymentEventTrigger(name=name, expect={"relearn.drift"})
+    trigger.set_deployment_id(deployment.id)
+    file = tmp_path / "prefect.yaml"
+    entry = "deployments: [{name: nothing, triggers: [{name: %s}]}, {name: other}]"
+    file.write_text(entry % name)
+    with pytest.raises(ServiceError, match=rf"no automation {name}.*triggers in .*yaml"):
+        deployments.settle_automations(url, file, ())
+    made = client.create_automation(trigger.as_automation())
+    try:
+        assert deployments.settle_automations(url, file, ()) == [name]
+        assert deployments.switched_off(url) == set()
+        said = deployments.settle_automations(url, file, {name, "another"})
+        assert said == [f"{name}, switched off"] and deployments.switched_off(url) == {name}
+    finally:
+        client.delete_automation(made)
 
 
 def test_without_a_checkout_deploy_says_what_to_do(tmp_path: Path) -> None:
