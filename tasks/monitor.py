@@ -122,7 +122,7 @@ def compare_views(
             values[name] = None
             notes[name] = "no decoded response states a grade and verdicts"
         else:
-            values[name] = sign * (b - a)
+            values[name] = sign * (b - a) + 0.0  # no -0
             notes[name] = f"{a:.3f} on training queries, {b:.3f} today"
     return values, notes
 

@@ -101,9 +101,9 @@ def mmd(reference_ND: np.ndarray, today_MD: np.ndarray) -> float:
     """Squared maximum mean discrepancy, E k(x, x') + E k(y, y') - 2 E k(x, y), with a Gaussian
     kernel whose squared width is the median squared distance of the pooled points.
 
-    The biased estimate (Gretton et al. 2012, eq. 5): 0 for equal samples, and about
-    2 (1 - E k) / N for two independent samples of one distribution. In [0, 2]; 0 where all points
-    coincide.
+    The unbiased estimate (Gretton et al. 2012, eq. 3; pairs of a point with itself left out), cut
+    at 0: so 0 for equal samples, and 0 on average for two samples of one distribution, whatever
+    their size. In [0, 2]; 0 where all points coincide.
     """
     both = np.concatenate([reference_ND, today_MD]).astype(np.float64)
     square = (both**2).sum(1)
@@ -116,8 +116,14 @@ def mmd(reference_ND: np.ndarray, today_MD: np.ndarray) -> float:
         return 0.0
     kernel = np.exp(-distances / width)
     n = len(reference_ND)
-    found = kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
-    return max(0.0, float(found))
+    across = float(kernel[:n, n:].mean())
+    return max(0.0, _within(kernel[:n, :n]) + _within(kernel[n:, n:]) - 2 * across)
+
+
+def _within(kernel_NN: np.ndarray) -> float:
+    """Mean over pairs of different points; 1, as of a point with itself, where there is one."""
+    n = len(kernel_NN)
+    return 1.0 if n < 2 else float((kernel_NN.sum() - np.trace(kernel_NN)) / (n * (n - 1)))
 
 
 def confidence(probabilities_PL: np.ndarray) -> float:
