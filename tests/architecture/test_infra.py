@@ -71,6 +71,7 @@ def test_what_the_monitor_asks_for_has_an_automation_that_runs_it() -> None:
     from prefect.server.events.actions import RunDeployment
     from prefect.server.events.schemas.automations import EventTrigger
     from prefect.server.events.schemas.events import ReceivedEvent, Resource
+    from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 
     from models.evaluation.monitor import Reaction
     from tasks.monitor import EVENT, REACTION_LABEL, STORE_RESOURCE
@@ -84,7 +85,8 @@ def test_what_the_monitor_asks_for_has_an_automation_that_runs_it() -> None:
         made.set_deployment_id(UUID(int=1))
         automation = made.as_automation().model_dump(mode="json")
         trigger = EventTrigger.model_validate(automation["trigger"])
-        RunDeployment.model_validate(automation["actions"][0])
+        action = RunDeployment.model_validate(automation["actions"][0])
+        payload = {"chain": {"store": "homedepot", "data": None, "changes": ["a=1"]}, "other": 1}
         for label in entries:
             resource = {
                 "prefect.resource.id": f"{STORE_RESOURCE}homedepot-smoke",
@@ -94,9 +96,18 @@ def test_what_the_monitor_asks_for_has_an_automation_that_runs_it() -> None:
                 occurred=datetime(2026, 3, 1, tzinfo=UTC),
                 event=EVENT,
                 resource=Resource.model_validate(resource),
+                payload=payload,
                 id=UUID(int=2),
             )
             assert trigger.covers(event) == (label == name)
+        parameters = dict(action.parameters or {})
+        RunDeployment._upgrade_v1_templates(parameters)  # as the server does before it renders
+        context = {"event": event}
+        given = hydrate(
+            parameters,
+            HydrationContext(raise_on_error=True, render_jinja=True, jinja_context=context),
+        )
+        assert given == {"chain": payload["chain"]} | ({"delta": None} if "index" in name else {})
 
 
 def test_the_form_offers_every_recipe_and_store() -> None:

@@ -249,6 +249,34 @@ def test_lineage_goes_down_to_the_source(relearn: Relearn, chain: Chain) -> None
         assert stage in text
 
 
+def test_monitor_shows_every_value_and_ends_with_1_on_a_breach(
+    relearn: Relearn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import monitor
+    from models.evaluation.monitor import MonitorConfig, Report
+
+    asked = []
+
+    def one_pass(values: dict[str, float]) -> None:
+        report = Report.of(MonitorConfig(), values, {"query_mmd": "9 queries"})
+        said = [f"{reaction} asked for" for reaction in report.reactions]
+        done = monitor.MonitorResult(report, said, "run")
+        monkeypatch.setattr(monitor, "monitor", lambda chain: asked.append(chain) or done)
+
+    tail = ("--data", tmp_path, "--store", "tables", "--home", tmp_path)
+    one_pass({"query_mmd": 0.01})
+    text = relearn("monitor", *tail).check()
+    assert "0.01" in text and "9 queries" in text and "nothing to run" in text
+    assert all(name in text for name in MonitorConfig().bounds) and "OVER" not in text
+    one_pass({"query_mmd": 0.03})
+    done = relearn("monitor", *tail, "--set", "monitor.query_mmd.limit=0.02")
+    assert done.code == 1 and "OVER" in done.out and "retrain-embedder asked for" in done.out
+    assert asked[-1].data == str(tmp_path) and asked[-1].store == "tables"
+    assert asked[-1].config.monitor.query_mmd.limit == 0.02
+    relearn("monitor", *tail, "--set", "monitor.query_mdm.limit=1").check_refused("query_mmd")
+    relearn("monitor", "--recipe", "huge", "--home", tmp_path).check_refused("smoke")
+
+
 def test_evaluate_measures_the_champion(relearn: Relearn, chain: Chain, tables: Path) -> None:
     arguments = ("--max-pairs", "30", *STORE, "--home", chain.home)
     text = relearn("evaluate", "--data", tables, *arguments).check()
