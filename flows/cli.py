@@ -415,6 +415,7 @@ def ablate_judge(
 
         relearn ablate judge --rows dpo,grpo,sampling --set judge.grpo.steps=20
     """
+    numbers = _seeds(seeds)
     _prepare(home, data)
     from flows import ablate as ablation
     from flows.recipes import recipe as make_recipe
@@ -429,7 +430,7 @@ def ablate_judge(
         console.print(ablation_rows_table(chosen))
         return
     started = time.monotonic()
-    result = ablation.ablate_judge(config, _seeds(seeds), names)
+    result = ablation.ablate_judge(config, numbers, names)
     console.print(stage_table(result.reports))
     console.print(ablation_table(result.records))
     folder = ArtifactStore(settings()).path(result.table)
@@ -574,10 +575,6 @@ def status(home: Home = None) -> None:
         raise typer.Exit(1)
 
 
-ablate = typer.Typer(no_args_is_help=True, help="Measure what each part of the method is worth.")
-app.add_typer(ablate, name="ablate")
-
-
 @ablate.command("retriever")
 def ablate_retriever(
     recipe: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
@@ -608,7 +605,7 @@ def ablate_retriever(
 
         relearn ablate retriever --seeds 0 --rows sft,ranking,dpo,rgrpo
     """
-    numbers = _numbers(seeds, "--seeds")
+    numbers = _seeds(seeds)
     _prepare(home, data)
     from flows import ablate_retriever as flow
     from flows.recipes import recipe as make_recipe
@@ -627,14 +624,6 @@ def ablate_retriever(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        got = f"{option} {text!r}"
-        raise ConfigError(explain(got, "whole numbers", f"write {option} 0,1,2")) from None
 
 
 def _say(line: str) -> None:

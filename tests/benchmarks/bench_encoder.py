@@ -134,7 +134,11 @@ def rgrpo_steps(show: Show) -> None:
         root = Path(folder)
         encoder = str(build_tiny_encoder(root / "encoder", corpus))
         judge_folder = make_tiny_judge(root / "judge", pairs)
-        judge = ScoringJudge.open(judge_folder, JudgeSpec.fit(PromptConfig(), pairs, [p.product for p in pairs]), bf16=False)
+        judge = ScoringJudge.open(
+            judge_folder,
+            JudgeSpec.fit(PromptConfig(), pairs, [p.product for p in pairs]),
+            bf16=False,
+        )
         levels = {p: i / 200 for i, p in enumerate(store.product_by_id)}
         exclusivity, quality = Exclusivity(), Quality(levels)
         count = iter(range(10_000))
