@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.errors import ConfigError, RelearnError, explain
-from tasks.settings import prepare_environment, settings
+from tasks.faults import databases_ready, told
+from tasks.settings import masked, prepare_environment, settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,13 +42,33 @@ StoreName = Annotated[
 ]
 
 
+class Terminated(SystemExit):
+    """SIGTERM, as an exception: what is open is closed on the way out."""
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line, not a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except RelearnError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+    except Terminated:
+        _complain("Terminated", "stopped by SIGTERM; run the same command again and it goes on")
+        raise
+    except Exception as error:
+        known = error if isinstance(error, RelearnError) else told(error, settings())
+        if known is None:
+            raise
+        _complain(type(known).__name__, str(known))
         sys.exit(2)
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the way out is not interrupted
+    raise Terminated(128 + number)
+
+
+def _complain(kind: str, text: str) -> None:
+    Console(stderr=True).print(f"[bold red]{kind}[/]: {escape(text)}", highlight=False)
 
 
 def _prepare(home: Path | None, data: Path | None = None, **extra: str) -> None:
@@ -106,6 +128,7 @@ def run(
     if show_config:
         print(config.model_dump_json(indent=1))
         return
+    databases_ready(settings())
     from flows.pipeline import run_pipeline
 
     started = time.monotonic()
@@ -126,11 +149,11 @@ def _show_result(result: Any, seconds: float) -> None:
     console.print(retrieval_table(rows))
     console.print(registry_table(result.registered))
     _show_decision(result.release)
-    made = sum(not r.cached for r in result.reports)
+    made, uri = sum(not r.cached for r in result.reports), masked(settings().tracking_uri)
     console.print(
         f"{len(result.reports)} stages, {made} made, {len(result.reports) - made} cached, "
         f"{seconds:.0f} s in all.\n"
-        f"MLflow:  mlflow ui --host 127.0.0.1 --backend-store-uri {settings().tracking_uri}\n"
+        f"MLflow:  mlflow ui --host 127.0.0.1 --backend-store-uri {uri}\n"
         f"Prefect: PREFECT_HOME={os.environ['PREFECT_HOME']} prefect server start\n"
         "Try:     relearn judge 'red couch' 'Blue leather sofa' --why   |   "
         "relearn search 'red couch'",
@@ -332,6 +355,7 @@ def refresh(
     served once its recall has passed; until then, and after a crash, the old one is.
     """
     _prepare(home, data)
+    databases_ready(settings())
     from flows.index import refresh_published
 
     done = refresh_published(store)
@@ -539,6 +563,7 @@ def up(
     already is left as it is.
     """
     _prepare(home)
+    databases_ready(settings())
     from tasks import services
 
     services.up(settings(), _say, port_prefect, port_mlflow, runs_at_once)

@@ -31,6 +31,10 @@ class ServiceError(RelearnError, RuntimeError):
     """A server or worker of `relearn up` that did not start, or did not stop."""
 
 
+class StoreError(RelearnError, RuntimeError):
+    """A tracking store that is damaged, or was locked or silent for too long; or a full disk."""
+
+
 class TransientError(RelearnError, ConnectionError):
     """A failure that may pass by itself; the only kind that is retried."""
 

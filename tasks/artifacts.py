@@ -15,19 +15,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlparse
 
+import psutil
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import ArtifactError, ConfigError, explain
+from tasks.faults import Patient, if_absent, patiently
+from tasks.processes import SAME_START_S
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -291,6 +296,8 @@ def open_client(uri: str, home: Path) -> MlflowClient:
     """A client of the tracking store; two processes never create its tables at once."""
     from mlflow import MlflowClient
 
+    # what MLflow logs of a locked database is a traceback a try; `patiently` says it in a line
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with FileLock(_lock_file(home, "mlflow")):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # creates or migrates the tables
@@ -311,8 +318,13 @@ class ArtifactStore:
 
     @property
     def client(self) -> MlflowClient:
-        """The MLflow client of the tracking store, opened once a process."""
-        return open_client(self.settings.tracking_uri, self.settings.home)
+        """The MLflow client of the tracking store, opened once a process.
+
+        Its calls wait out faults that pass; those that stay are a StoreError (tasks/faults.py).
+        """
+        current = self.settings
+        inner = patiently(lambda: open_client(current.tracking_uri, current.home), current)
+        return cast("MlflowClient", Patient(inner, current))
 
     @property
     def experiment_id(self) -> str:
@@ -324,7 +336,10 @@ class ArtifactStore:
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
                     location = f"{self.settings.artifact_uri.rstrip('/')}/{name}"
-                    return self.client.create_experiment(name, artifact_location=location)
+                    if_absent(
+                        lambda: self.client.create_experiment(name, artifact_location=location)
+                    )
+                    found = self.client.get_experiment_by_name(name)
         if found.lifecycle_stage != "active":
             raise ArtifactError(
                 explain(f"deleted experiment {name}", "an active one", "mlflow experiments restore")
@@ -470,10 +485,13 @@ class ArtifactStore:
                 partial = target.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                mlflow.artifacts.download_artifacts(
-                    artifact_uri=ref.uri,
-                    dst_path=str(partial),
-                    tracking_uri=self.settings.tracking_uri,
+                patiently(
+                    lambda: mlflow.artifacts.download_artifacts(
+                        artifact_uri=ref.uri,
+                        dst_path=str(partial),
+                        tracking_uri=self.settings.tracking_uri,
+                    ),
+                    self.settings,
                 )
                 inner = partial / DATA
                 (inner if inner.is_dir() else partial).rename(target)
@@ -495,6 +513,25 @@ class ArtifactStore:
         nearest = min(filter(None, found), key=len, default=["first time"])
         return "; ".join(nearest)
 
+    def settle_dead(self) -> int:
+        """Mark the runs of processes that died on this machine KILLED; returns how many.
+
+        The record of a move of champions is none of them: it is carried out, not given up.
+        """
+        own = f"tags.`{TAG}process` LIKE '{socket.gethostname()} %'"
+        dead = [
+            run
+            for run in self.search(f"{own} and attributes.status = 'RUNNING'", 1000)
+            if not is_running(run.data.tags[f"{TAG}process"])
+        ]
+        for run in dead:
+            self._give_up(run)
+        return len(dead)
+
+    def _give_up(self, run: Run) -> None:
+        self.client.set_tag(run.info.run_id, f"{TAG}error", "the process died")
+        self.client.set_terminated(run.info.run_id, "KILLED")
+
     def forget_unfinished(self, fingerprint: str, host: str) -> int:
         """Mark runs of a process that died on this machine KILLED; returns how many.
 
@@ -503,9 +540,22 @@ class ArtifactStore:
         condition = f"tags.`{TAG}fingerprint` = '{fingerprint}' and attributes.status = 'RUNNING'"
         stale = [r for r in self.search(condition) if r.data.tags.get(f"{TAG}host") == host]
         for run in stale:
-            self.client.set_tag(run.info.run_id, f"{TAG}error", "the process died")
-            self.client.set_terminated(run.info.run_id, "KILLED")
+            self._give_up(run)
         return len(stale)
+
+
+def this_process() -> str:
+    """`<host> <pid> <start time>`: a pid alone is used again."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
+
+
+def is_running(process: str) -> bool:
+    """Whether a process of this machine, as `this_process` named it, still runs."""
+    _, pid, created = process.rsplit(" ", 2)
+    try:
+        return abs(psutil.Process(int(pid)).create_time() - float(created)) < SAME_START_S
+    except psutil.NoSuchProcess:
+        return False
 
 
 def describe(folder: Path) -> dict[str, dict[str, Json]]:

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from models.errors import ArtifactError, explain
 from tasks.artifacts import SHORT, TAG, ArtifactRef, ArtifactStore
+from tasks.faults import if_absent
 from tasks.settings import settings
 from tasks.stage import metric_name
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 METRIC_TAG = "metric."
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for no such model or version, and for no such alias. Any other error is none: a
+champion that cannot be asked for is not a missing one."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,12 @@ def register(
         _ensure_model(store.client, name)
         same = _versions_of(store.client, name, ref.fingerprint)
         kept = next((v for v in same if v.source == ref.uri), None)
-        version = str(kept.version) if kept else _create(store.client, name, ref)
+        if kept is None:
+            _create(store.client, name, ref)
+            # more than one where an answer was lost and the request was sent again
+            same = _versions_of(store.client, name, ref.fingerprint)
+            kept = min((v for v in same if v.source == ref.uri), key=lambda v: int(v.version))
+        version = str(kept.version)
         for key, value in _tags(metrics, tags).items():
             store.client.set_model_version_tag(name, version, key, value)
         for stale in same:
@@ -91,7 +100,9 @@ def get(name: str, alias: str, *, store: ArtifactStore | None = None) -> Registe
             found = store.client.get_model_version(name, alias)
         else:
             found = store.client.get_model_version_by_alias(name, alias)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
+            raise
         return None
     return _registered(found, _aliases(store.client, name))
 
@@ -137,7 +148,8 @@ def _quoted(name: str) -> str:
 
 def _ensure_model(client: MlflowClient, name: str) -> None:
     if not client.search_registered_models(f"name = '{_quoted(name)}'", max_results=1):
-        client.create_registered_model(name, description="Made by relearn; see `relearn lineage`.")
+        description = "Made by relearn; see `relearn lineage`."
+        if_absent(lambda: client.create_registered_model(name, description=description))
 
 
 def _versions_of(client: MlflowClient, name: str, fingerprint: str) -> list[ModelVersion]:
@@ -145,17 +157,16 @@ def _versions_of(client: MlflowClient, name: str, fingerprint: str) -> list[Mode
     return [v for v in found if v.tags.get(f"{TAG}fingerprint") == fingerprint]
 
 
-def _create(client: MlflowClient, name: str, ref: ArtifactRef) -> str:
+def _create(client: MlflowClient, name: str, ref: ArtifactRef) -> None:
     own = {
         f"{TAG}fingerprint": ref.fingerprint,
         f"{TAG}kind": ref.kind,
         f"{TAG}stage": ref.name,
         f"{TAG}parents": " ".join(ref.parents),
     }
-    made = client.create_model_version(
+    client.create_model_version(
         name, source=ref.uri, run_id=ref.run_id or None, tags=own, description=ref.label
     )
-    return str(made.version)
 
 
 def _replace(client: MlflowClient, name: str, stale: str, version: str) -> None:

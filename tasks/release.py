@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
-from models.errors import ArtifactError, ConfigError, RelearnError, explain
+from models.errors import ArtifactError, ConfigError, RelearnError, StoreError, explain
 from tasks import registry
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
@@ -373,6 +373,8 @@ def _finish_pending(
         log.warning("a move of %s's champions was cut off; carrying it out", store_name)
         try:
             _carry_out(store_name, move, artifacts, publishers)
+        except StoreError:
+            raise  # neither carried out nor taken back: the next run does it
         except RelearnError as error:
             log.warning("it cannot be carried out and was taken back: %s", error)
         else:

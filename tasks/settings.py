@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +50,11 @@ class Settings(BaseSettings):
     """Tracking store; default sqlite under `home`."""
     mlflow_ui: str | None = None
     """Address of MLflow's pages, for links; `relearn up` sets it, as does an http `mlflow_uri`."""
+    mlflow_timeout_s: int = Field(30, ge=1)
+    """Longest silence of an MLflow server in one request."""
+    patience_s: float = Field(120.0, ge=0)
+    """How long a tracking store is waited for that is locked, silent or failing (5xx, 429), with
+    pauses of 1, 2, 4, 8, 15, 15 ... s. One request more may be under way when it is over."""
     artifact_root: str | None = None
     """Where MLflow keeps artifacts (path or URI such as s3://); default a folder under `home`."""
     prefect_api_url: str | None = None
@@ -92,8 +98,8 @@ class Settings(BaseSettings):
 
     @property
     def mlflow_pages(self) -> str | None:
-        """Where a browser finds MLflow, without a closing slash; None when no server is known."""
-        uri = self.mlflow_ui or self.mlflow_uri or ""
+        """Where a browser finds MLflow, without closing slash and password; None: not known."""
+        uri = re.sub(r"//[^/]*@", "//", self.mlflow_ui or self.mlflow_uri or "")
         return uri.rstrip("/") if uri.startswith(("http://", "https://")) else None
 
     @property
@@ -104,6 +110,16 @@ class Settings(BaseSettings):
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def masked(text: str) -> str:
+    """`text` without who signs in to the addresses in it, and without keys among their parameters.
+
+    >>> masked("no answer from postgresql://me:hunter2@db/mlflow?token=abc&x=1")
+    'no answer from postgresql://***@db/mlflow?token=***&x=1'
+    """
+    text = re.sub(r"(\w://)[^\s/]*@", r"\1***@", text)
+    return re.sub(r"(?i)([?&][\w-]*(?:key|token|secret|password)=)[^&\s]+", r"\1***", text)
 
 
 def settings(**overrides: object) -> Settings:
@@ -144,14 +160,17 @@ def _defaults(current: Settings) -> dict[str, str]:
         "PREFECT_HOME": str(current.home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
-        # the in-process server's own limit of 20 s is too short on a busy machine
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        # Prefect's own limit of 20 s is too short on a busy machine, and so were 120 s
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "480",
         "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(PACKAGES),
         "PREFECT_LOGGING_LEVEL": current.log_level,
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "MLFLOW_TRACKING_URI": current.tracking_uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(current.mlflow_timeout_s),
+        # tasks/faults.py tries again, and says so
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "GIT_PYTHON_REFRESH": "quiet",
         "HF_HUB_DISABLE_TELEMETRY": "1",

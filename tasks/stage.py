@@ -38,11 +38,21 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from models.errors import ConfigError, TransientError, explain
+from models.errors import ConfigError, StoreError, TransientError, explain
 from models.types import MetricSink
-from tasks.artifacts import TAG, ArtifactRef, ArtifactStore, Identity, flatten, identify, refs_in
+from tasks.artifacts import (
+    TAG,
+    ArtifactRef,
+    ArtifactStore,
+    Identity,
+    flatten,
+    identify,
+    refs_in,
+    this_process,
+)
+from tasks.faults import told
 from tasks.links import link_to_mlflow
-from tasks.settings import Settings, settings
+from tasks.settings import Settings, masked, settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,6 +64,7 @@ Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 OnProgress = Callable[[str, str, int, int], None]
 """Called with (stage, what, done, total)."""
 
+LEFT_OPEN = "left open"
 RETRIES = 2
 """Attempts after the first, for TransientError only."""
 RETRY_DELAY_S = 10.0
@@ -111,7 +122,9 @@ def pipeline(
     current = settings()
     current = current.model_copy(update={"experiment": experiment or current.experiment})
     store = ArtifactStore(current)
-    tags = {"mlflow.runName": name, f"{TAG}pipeline": name} | _source_tags()
+    store.settle_dead()
+    tags = {"mlflow.runName": name, f"{TAG}pipeline": name, f"{TAG}process": this_process()}
+    tags |= _source_tags()
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
     link_to_mlflow(current, store.experiment_id, run_id, name)
     token = _pipeline.set(Pipeline(run_id, current.experiment, on_progress=on_progress))
@@ -119,12 +132,27 @@ def pipeline(
     try:
         yield _pipeline.get()  # type: ignore[misc]
         status = "FINISHED"
+    except StoreError:
+        status = LEFT_OPEN
+        raise
     except Exception:
         status = "FAILED"
         raise
     finally:
         _pipeline.reset(token)
+        _close(store, run_id, status)
+
+
+def _close(store: ArtifactStore, run_id: str, status: str, error: str = "") -> None:
+    """End a run, unless the store did not answer a moment ago: `settle_dead` does it then."""
+    if status == LEFT_OPEN:
+        return
+    try:
+        if error:
+            store.client.set_tag(run_id, f"{TAG}error", error)
         store.client.set_terminated(run_id, status)
+    except StoreError as trouble:
+        logger.warning("run %s stays RUNNING until the next pipeline: %s", run_id, trouble)
 
 
 class MlflowSink:
@@ -438,6 +466,8 @@ class Stage:
             return None
         reason = f"cached: {found.ref.label} made {found.made} in run {found.ref.run_id}"
         log.info(reason)
+        # left where a process died between its commit and its clean-up
+        shutil.rmtree(store.scratch(identity.fingerprint), ignore_errors=True)
         return StageReport(found.ref, True, reason, time.monotonic() - started)
 
     def _make(
@@ -458,10 +488,13 @@ class Stage:
         run_id = self._open_run(store, identity, bound, why)
         try:
             ref = self._fill(store, identity, bound, log, run_id)
+        except StoreError:
+            raise  # the store does not answer: asking it again would only take longer
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            store.client.set_tag(run_id, f"{TAG}error", f"{type(error).__name__}: {error}"[:5000])
-            store.client.set_terminated(run_id, status)
+            _close(store, run_id, status, masked(f"{type(error).__name__}: {error}")[:5000])
+            if isinstance(error, Exception) and (full := told(error, store.settings)) is not None:
+                raise full from error
             raise
         seconds = time.monotonic() - started
         log.info("%s: made %s in %.1f s", self.name, ref.label, seconds)
@@ -483,6 +516,7 @@ class Stage:
             f"{TAG}parents": _json(identity.labels),
             f"{TAG}why": why[:5000],
             f"{TAG}host": socket.gethostname(),
+            f"{TAG}process": this_process(),
         } | _source_tags()
         if store.settings.pipeline_run:
             tags["mlflow.parentRunId"] = store.settings.pipeline_run
