@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,10 +48,15 @@ class Terminated(SystemExit):
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line, not a traceback."""
+    """Run the command line."""
+    guarded(app)
+
+
+def guarded(body: Callable[[], object]) -> None:
+    """Call `body`; a user's mistake, a fault or SIGTERM is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        body()
     except Terminated:
         _complain("Terminated", "stopped by SIGTERM; run the same command again and it goes on")
         raise
