@@ -12,13 +12,15 @@ export OMP_WAIT_POLICY := PASSIVE
 # bytecode is worth a factor of 3 in import time, whatever the surroundings say
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run up down test test-live bench-retriever bench-judge lint clean
+.PHONY: help setup run up down test test-live chaos audit bench-retriever bench-judge lint clean
 help:
 	@echo "make setup   build $(VENV) and fetch the model weights (once)"
 	@echo "make run     run the whole chain; pass options with ARGS='--recipe smoke'"
 	@echo "make up      start Prefect, MLflow and a worker; schedules run from then on"
 	@echo "make down    stop exactly those"
 	@echo "make test    run the tests (make test-live: with the real servers, a minute or two)"
+	@echo "make chaos   kill, starve and break runs; last line: survived N of M; ARGS='--kills 5 --seed 1'"
+	@echo "make audit   every installed package pinned, and none with a known vulnerability"
 	@echo "make bench-retriever   time, memory and recall of the index kinds; ARGS='10000 1000000'"
 	@echo "make bench-judge       the shared-prefix engine against plain forwards and TRL; ARGS='--full'"
 	@echo "make lint    ruff, mypy and the import contracts"
@@ -55,6 +57,15 @@ test-live: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+chaos: setup
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
+# pip-audit has a folder of its own: its packages are none of relearn's
+audit: $(VENV)/.installed
+	@test -x $(VENV)/audit/bin/python || $(PYTHON) -m venv $(VENV)/audit
+	@$(VENV)/audit/bin/python -m pip install -q --disable-pip-version-check 'pip-audit>=2.9,<3'
+	@$(BIN)/python infra/audit.py --with $(VENV)/audit/bin/python
 
 bench-retriever: $(VENV)/.installed
 	@$(BIN)/python tests/benchmarks/bench_retriever.py $(ARGS) 2> >(grep -vE "product/s|WARN" >&2)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -305,6 +306,8 @@ def open_client(uri: str, home: Path) -> MlflowClient:
 
 
 def _lock_file(home: Path, name: str) -> Path:
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ConfigError(explain(f"the name {name!r}", "letters, digits, - and _", "fix --store"))
     folder = home / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.lock"

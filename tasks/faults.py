@@ -184,6 +184,12 @@ class Patient:
         return call
 
 
+def scrub(error: BaseException) -> None:
+    """Mask the secrets in an error and in what caused it: whoever prints it, prints none."""
+    for link in _chain(error):
+        link.args = tuple(masked(arg) if isinstance(arg, str) else arg for arg in link.args)
+
+
 def if_absent(create: Callable[[], object]) -> None:
     """Call `create`; what is there already is fine: an answer was lost, or another was quicker."""
     try:

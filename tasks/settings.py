@@ -18,6 +18,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from models.errors import ConfigError, explain
 
 PACKAGES = ("models", "tasks", "flows")
+SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+SECRET_CHARS = 6
+"""A shorter value is no secret, and masking it would leave no text readable."""
 
 
 def _available_cores() -> int:
@@ -113,11 +116,15 @@ class Settings(BaseSettings):
 
 
 def masked(text: str) -> str:
-    """`text` without who signs in to the addresses in it, and without keys among their parameters.
+    """`text` without who signs in to the addresses in it, without keys among their parameters, and
+    without what the environment holds in variables named KEY, TOKEN, SECRET or PASSWORD.
 
     >>> masked("no answer from postgresql://me:hunter2@db/mlflow?token=abc&x=1")
     'no answer from postgresql://***@db/mlflow?token=***&x=1'
     """
+    for name, value in os.environ.items():
+        if len(value) >= SECRET_CHARS and name.upper().endswith(SECRET_NAMES):
+            text = text.replace(value, "***")
     text = re.sub(r"(\w://)[^\s/]*@", r"\1***@", text)
     return re.sub(r"(?i)([?&][\w-]*(?:key|token|secret|password)=)[^&\s]+", r"\1***", text)
 

@@ -50,9 +50,9 @@ from tasks.artifacts import (
     refs_in,
     this_process,
 )
-from tasks.faults import told
+from tasks.faults import scrub, told
 from tasks.links import link_to_mlflow
-from tasks.settings import Settings, masked, settings
+from tasks.settings import Settings, settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -491,8 +491,9 @@ class Stage:
         except StoreError:
             raise  # the store does not answer: asking it again would only take longer
         except BaseException as error:
+            scrub(error)
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            _close(store, run_id, status, masked(f"{type(error).__name__}: {error}")[:5000])
+            _close(store, run_id, status, f"{type(error).__name__}: {error}"[:5000])
             if isinstance(error, Exception) and (full := told(error, store.settings)) is not None:
                 raise full from error
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -39,6 +40,40 @@ def test_same_fingerprint_is_registered_once(current: Settings) -> None:
     assert only.metrics == {"f1": 0.75, "Recall_at_10": 1 / 3}
     assert only.ref == ref
     assert only.aliases == ("candidate",)
+
+
+def test_a_request_sent_twice_makes_one_version(
+    current: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    create, ref = MlflowClient.create_model_version, made()
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        create(*args, **kwargs)  # its answer was lost
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", twice)
+    assert registry.register("judge", ref) == "1"
+    (only,) = registry.versions("judge")
+    assert only.version == "1" and only.aliases == ("candidate",)
+
+
+def test_a_champion_that_cannot_be_asked_for_is_not_a_missing_one(
+    current: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    registry.set_alias("judge", "champion", registry.register("judge", made()))
+
+    def refused(*_: Any) -> None:
+        raise MlflowException("not yours", error_code=7)  # PERMISSION_DENIED
+
+    assert registry.get("judge", "nobody") is None and registry.get("nothing", "1") is None
+    monkeypatch.setattr(MlflowClient, "get_model_version_by_alias", refused)
+    with pytest.raises(MlflowException, match="not yours"):
+        registry.champion("judge")
 
 
 def test_candidate_moves_and_champion_stays(current: Settings) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from models.errors import ArtifactError, ConfigError, TransientError
-from tasks.artifacts import ArtifactRef, ArtifactStore
+from models.errors import ArtifactError, ConfigError, StoreError, TransientError
+from tasks.artifacts import ArtifactRef, ArtifactStore, this_process
 from tasks.settings import Settings
 from tasks.stage import Stage, StageContext, pipeline, stage
 
@@ -255,6 +256,60 @@ def test_kill_9_is_never_served_and_goes_on_from_its_checkpoint(
     assert sorted(p.name for p in store.path(found).iterdir()) == ["half.txt", "whole.txt"]
     assert store.client.get_run(dead.info.run_id).info.status == "KILLED"
     assert list((current.home / "work").iterdir()) == []
+
+
+def test_runs_of_dead_processes_are_closed_and_no_others(current: Settings) -> None:
+    store = ArtifactStore(current)
+    host, pid, created = this_process().rsplit(" ", 2)
+    owners = {
+        "dead": f"{host} {pid} {float(created) - 60:.2f}",  # the pid is another process's by now
+        "alive": this_process(),
+        "elsewhere": f"elsewhere {pid} 1.00",
+    }
+    ids = {
+        name: store.client.create_run(
+            store.experiment_id, tags={"relearn.process": owner}
+        ).info.run_id
+        for name, owner in owners.items()
+    }
+    ids["a move"] = store.client.create_run(store.experiment_id).info.run_id
+    with pipeline("chain"):
+        pass
+    found = {name: store.client.get_run(run_id).info.status for name, run_id in ids.items()}
+    assert found.pop("dead") == "KILLED"
+    assert set(found.values()) == {"RUNNING"}
+
+
+def test_what_a_kill_after_the_commit_left_is_removed(current: Settings) -> None:
+    ref = source.make(config=Config())
+    left = ArtifactStore(current).scratch(ref.fingerprint)
+    left.mkdir(parents=True)
+    source.make(config=Config())
+    assert not left.exists() and calls == ["source"]
+
+
+def test_a_store_that_does_not_answer_is_not_asked_again(
+    current: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    asked: list[str] = []
+
+    @stage(name="asks", kind="text")
+    def asks(ctx: StageContext) -> None:
+        """The store goes down meanwhile."""
+
+        def locked(self: object, run_id: str, *_: object) -> None:
+            asked.append(run_id)
+            raise sqlite3.OperationalError("database is locked")
+
+        for name in ("log_batch", "set_tag", "set_terminated"):
+            monkeypatch.setattr(MlflowClient, name, locked)
+
+    monkeypatch.setenv("RELEARN_PATIENCE_S", "0")
+    with pytest.raises(StoreError, match="locked"), pipeline("chain"):
+        asks.make()
+    assert len(asked) == 1
 
 
 def test_two_processes_make_one_artifact(current: Settings, tmp_path: Path) -> None:
