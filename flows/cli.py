@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.errors import ConfigError, RelearnError, explain
-from tasks.faults import databases_ready, told
+from tasks.faults import databases_ready, sqlite_file, told
 from tasks.settings import masked, prepare_environment, settings
 
 app = typer.Typer(
@@ -571,7 +571,11 @@ def up(
     _prepare(home)
     databases_ready(settings())
     from tasks import services
+    from tasks.artifacts import ArtifactStore
 
+    if sqlite_file(settings().tracking_uri) is not None:
+        # MLflow's server would make the tables too, but not whole or not at all
+        ArtifactStore(settings()).client.search_experiments(max_results=1)
     services.up(settings(), _say, port_prefect, port_mlflow, runs_at_once)
     status(home)
 

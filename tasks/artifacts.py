@@ -32,7 +32,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import ArtifactError, ConfigError, explain
-from tasks.faults import Patient, if_absent, patiently
+from tasks.faults import Patient, if_absent, patiently, probe, sqlite_file
 from tasks.processes import SAME_START_S
 from tasks.settings import Settings
 
@@ -295,14 +295,39 @@ def local_path(uri: str) -> Path | None:
 @functools.lru_cache(maxsize=8)
 def open_client(uri: str, home: Path) -> MlflowClient:
     """A client of the tracking store; two processes never create its tables at once."""
+    import mlflow.store.db.utils
     from mlflow import MlflowClient
 
-    # what MLflow logs of a locked database is a traceback a try; `patiently` says it in a line
+    # `patiently` tries again, and says it in a line: MLflow would take minutes over a database
+    # that cannot be opened, and log a traceback each time that one is locked
+    mlflow.store.db.utils.MAX_RETRY_COUNT = 1
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with FileLock(_lock_file(home, "mlflow")):
+        if (file := sqlite_file(uri)) is not None:
+            probe(file)
+            if not file.is_file() or not file.stat().st_size:
+                _create_database(file)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)  # creates or migrates the tables
+        client.search_experiments(max_results=1)  # creates the tables of a server database
     return client
+
+
+def _create_database(file: Path) -> None:
+    """MLflow's tables in a new sqlite file, whole or not at all.
+
+    MLflow makes them in a hundred steps without a transaction; killed between two, it refuses the
+    file for ever.
+    """
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    for left in file.parent.glob(f"{partial.name}*"):
+        left.unlink()
+    engine = create_sqlalchemy_engine(f"sqlite:///{partial}")
+    _initialize_tables(engine)
+    engine.dispose()
+    partial.replace(file)
 
 
 def _lock_file(home: Path, name: str) -> Path:

@@ -139,24 +139,35 @@ def patiently(call: Callable[[], T], current: Settings, where: str | None = None
 
 
 def databases_ready(current: Settings) -> None:
-    """Return when the sqlite files under the home can be written, those there are.
+    """Return when the sqlite files of MLflow and of Prefect's own server can be written.
 
     On a file that is damaged or locked Prefect starts its server again and again, for ever.
 
     Raises:
         StoreError: a damaged file, or one that stays locked.
     """
-    files = []
-    if current.tracking_uri.startswith("sqlite:///"):
-        files.append(Path(current.tracking_uri.removeprefix("sqlite:///")))
+    files = [sqlite_file(current.tracking_uri)]
     if not os.environ.get("PREFECT_API_URL"):
         files.append(current.home / PREFECT_DB)
     for file in files:
-        if file.is_file() and file.stat().st_size:
-            patiently(functools.partial(_probe, file), current, str(file))
+        if file is not None:
+            patiently(functools.partial(probe, file), current, str(file))
 
 
-def _probe(file: Path) -> None:
+def sqlite_file(uri: str) -> Path | None:
+    """The file behind a database address, None where there is none."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) else None
+
+
+def probe(file: Path) -> None:
+    """Return when `file` is a whole sqlite file that can be written now, or not there yet.
+
+    Raises:
+        sqlite3.Error: it is locked, damaged, or cannot be written.
+    """
+    if not file.is_file() or not file.stat().st_size:
+        return
     with closing(sqlite3.connect(file, timeout=LOCK_TIMEOUT_S)) as database:
         database.execute("BEGIN IMMEDIATE")
         if file.stat().st_size > CHECKED_BYTES:
@@ -201,8 +212,7 @@ def if_absent(create: Callable[[], object]) -> None:
 
 def place_of(current: Settings) -> str:
     """The tracking store as a person finds it: a file, or an address without its password."""
-    uri = current.tracking_uri
-    return uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else masked(uri)
+    return str(sqlite_file(current.tracking_uri) or masked(current.tracking_uri))
 
 
 def _say(

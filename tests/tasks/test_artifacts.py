@@ -215,3 +215,25 @@ def test_folder_digest_sees_names_and_bytes_not_places(tmp_path: Path) -> None:
     assert folder_digest(tmp_path / "two") != one
     with pytest.raises(ArtifactError, match="--data"):
         folder_digest(tmp_path / "none")
+
+
+def test_a_database_cut_off_in_the_making_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed among MLflow's migrations: no file of that name is left that MLflow would refuse."""
+    from mlflow.store.db import utils
+
+    store, file = ArtifactStore(Settings(home=tmp_path)), tmp_path / "mlflow.db"
+    made = utils.InitialBase.metadata.create_all
+
+    def cut_off(engine: object) -> None:
+        made(engine)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            store.client.search_experiments()
+    assert not file.exists()
+    assert [e.name for e in store.client.search_experiments()] == ["Default"]
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
