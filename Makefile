@@ -64,7 +64,8 @@ chaos: setup
 # pip-audit has a folder of its own: its packages are none of relearn's
 audit: $(VENV)/.installed
 	@test -x $(VENV)/audit/bin/python || $(PYTHON) -m venv $(VENV)/audit
-	@$(VENV)/audit/bin/python -m pip install -q --disable-pip-version-check 'pip-audit>=2.9,<3'
+	@$(VENV)/audit/bin/python -m pip install -q --disable-pip-version-check 'pip-audit>=2.9,<3' \
+		2> >(grep -vE "^WARNING: Location .* is ignored" >&2 || true)
 	@$(BIN)/python infra/audit.py --with $(VENV)/audit/bin/python
 
 bench-retriever: $(VENV)/.installed

@@ -199,6 +199,8 @@ def scrub(error: BaseException) -> None:
     """Mask the secrets in an error and in what caused it: whoever prints it, prints none."""
     for link in _chain(error):
         link.args = tuple(masked(arg) if isinstance(arg, str) else arg for arg in link.args)
+        if isinstance(link, OSError) and isinstance(link.strerror, str):
+            link.strerror = masked(link.strerror)
 
 
 def if_absent(create: Callable[[], object]) -> None:

@@ -31,7 +31,7 @@ def asks(ctx: StageContext, config: Asking, fails: bool) -> None:
     (ctx.out / "config.json").write_text(config.model_dump_json())
     if fails:
         try:
-            raise OSError(f"no connection to {ADDRESS}")
+            raise OSError(5, f"no connection to {ADDRESS}")
         except OSError as error:
             raise ValueError(f"cannot ask with {KEY}") from error
 
