@@ -119,7 +119,8 @@ def vulnerabilities(python: str) -> list[str] | None:
         return None
     skipped = [d["name"] for d in report if "skip_reason" in d]
     if skipped or not report:
-        print(f"audit: not looked up: {', '.join(skipped) or 'anything'}", file=sys.stderr)
+        some = ", ".join(skipped[:5])
+        print(f"audit: no data on {len(skipped)} of {len(report)}: {some} ...", file=sys.stderr)
         return None
     return [
         f"{d['name']} {d['version']}: {v['id']}, fixed in {', '.join(v['fix_versions']) or 'none'}"

@@ -32,6 +32,18 @@ def body():
 
 guarded(body)
 """
+IN_A_FLOW = """
+import threading
+from prefect.utilities.engine import capture_sigterm
+from flows.cli import guarded
+
+def body():
+    with capture_sigterm(), capture_sigterm():  # as Prefect has it in a flow, and in one inside
+        print("began", flush=True)
+        threading.Event().wait(600)
+
+guarded(body)
+"""
 FAILING = """
 import errno, sys
 from flows.cli import guarded
@@ -72,6 +84,16 @@ def test_sigterm_closes_what_is_open(current: Settings) -> None:
     assert list((current.home / "work").iterdir()) == []
     (scratch,) = (current.home / "scratch").iterdir()
     assert (scratch / "checkpoint").exists()
+
+
+def test_prefects_own_handler_ends_in_ours(home: Path) -> None:
+    child = start(IN_A_FLOW)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "began\n"
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate()
+    assert child.returncode == 143
+    assert err.splitlines()[-1].endswith("run the same command again and it goes on")
 
 
 @pytest.mark.parametrize(("how", "code"), [("full", 2), ("unknown", 1)])
