@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,24 +35,25 @@ class Moment:
 class Reference:
     """An undisturbed run."""
 
+    command: Sequence[str]
     state: State
     events: list[tuple[Event, float]]
     seconds: float
 
 
-def undisturbed(home: Path, limit_s: float) -> Reference:
+def undisturbed(home: Path, limit_s: float, command: Sequence[str] = RUN) -> Reference:
     """Run once, to the end, and read what it made.
 
     Raises:
         SystemExit: it did not end well: then there is nothing to compare with.
     """
-    child = Child(home, RUN)
+    child = Child(home, command)
     code = child.end(limit_s)
     seconds = time.monotonic() - child.began_s
     state, wrong = read(home, at_rest=True)
     if code != 0 or wrong:
         raise SystemExit(f"the undisturbed run: exit code {code}, {wrong}\n{child.tail(40)}")
-    return Reference(state, [(START, 0.0), *child.events], seconds)
+    return Reference(command, state, [(START, 0.0), *child.events], seconds)
 
 
 def moments(reference: Reference, kills: int, seed: int) -> list[Moment]:
@@ -70,15 +72,17 @@ def campaign(
 ) -> None:
     """`kills` cases, and one that the finished home equals the undisturbed one."""
     for number, moment in enumerate(moments(reference, kills, seed), 1):
-        report.case(f"SIGKILL {number}, {moment}", lambda m=moment: _kill(home, m, limit_s))
+        report.case(
+            f"SIGKILL {number}, {moment}", lambda m=moment: _kill(home, reference, m, limit_s)
+        )
     report.case("state after all kills", lambda: _finish(home, reference, limit_s))
 
 
-def _kill(home: Path, moment: Moment, limit_s: float) -> list[str]:
+def _kill(home: Path, reference: Reference, moment: Moment, limit_s: float) -> list[str]:
     """Continue, kill at the moment, and look that nothing half-made can be read."""
     after_s = moment.after_s
     while True:
-        child = Child(home, RUN)
+        child = Child(home, reference.command)
         came = moment.event == START or child.wait_for(moment.event, limit_s)
         # the stage may have got further in an earlier attempt: then the rest is shorter
         if came:
@@ -95,7 +99,7 @@ def _kill(home: Path, moment: Moment, limit_s: float) -> list[str]:
 
 
 def _finish(home: Path, reference: Reference, limit_s: float) -> list[str]:
-    child = Child(home, RUN)
+    child = Child(home, reference.command)
     code = child.end(limit_s)
     if code != 0:
         return [f"exit code {code}", child.tail()]

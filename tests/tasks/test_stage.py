@@ -299,7 +299,7 @@ def test_a_store_that_does_not_answer_is_not_asked_again(
     def asks(ctx: StageContext) -> None:
         """The store goes down meanwhile."""
 
-        def locked(self: object, run_id: str, *_: object) -> None:
+        def locked(self: object, run_id: str, *_: object, **__: object) -> None:
             asked.append(run_id)
             raise sqlite3.OperationalError("database is locked")
 
