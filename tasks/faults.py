@@ -109,12 +109,12 @@ def told(error: BaseException, current: Settings) -> StoreError | None:
 
 
 def patiently(call: Callable[[], T], current: Settings, where: str | None = None) -> T:
-    """What `call` returns; a fault that passes is waited out for `current.patience_s`.
+    """What `call` returns; a fault that passes is waited out, `current.patience_s` from the first.
 
     Raises:
         StoreError: a fault that stays, or does not pass in time. Any other error as it is.
     """
-    began = time.monotonic()
+    began_s: float | None = None
     for pause_s in _pauses():
         try:
             return call()
@@ -122,7 +122,8 @@ def patiently(call: Callable[[], T], current: Settings, where: str | None = None
             fault = classify(error, current.home)
             if fault is None:
                 raise
-            waited_s = time.monotonic() - began
+            began_s = time.monotonic() if began_s is None else began_s
+            waited_s = time.monotonic() - began_s
             trouble = _say(fault, error, current, where, waited_s)
         # outside the handler: the library's error may hold an address with a password
         if not fault.passes or waited_s + pause_s > current.patience_s:
