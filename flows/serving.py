@@ -12,6 +12,8 @@ import numpy as np
 
 from models.errors import ArtifactError, ConfigError, DataContractError, explain
 from models.index.filters import Filters
+from models.index.search import MODES, search
+from models.judge.graded import grade_pairs, load_graded, pair_of
 from models.types import GRADES, Product, Query
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.publish import open_published
@@ -19,14 +21,6 @@ from tasks.registry import champion
 from tasks.release import finish_pending, model_name
 from tasks.settings import settings
 
-OPTIONAL_COLUMNS: dict[str, tuple[type, ...]] = {
-    "description": (str,),
-    "brand": (str,),
-    "category": (str,),
-    "attributes": (dict, list),
-    "price": (int, float),
-}
-MODES = ("vector", "lexical", "hybrid")
 NO_FILTERS = Filters()
 
 
@@ -62,31 +56,13 @@ class Champion:
         """
         artifacts = _artifacts(store_name)
         folder = artifacts.path(_champion_ref(artifacts, store_name, "judge"))
-        from models.judge.scoring import ScoringJudge
-
-        model = ScoringJudge.load(folder, settings().torch_device)
-        cumpt = model.encoder.spec.cumpt
-        assert cumpt is not None, "registered judges are calibrated"
-        return cls(model, cumpt)
+        return cls(*load_graded(folder, settings().torch_device))
 
     def grade(
         self, pairs: Sequence[tuple[Query, Product]], desc: str = ""
     ) -> list[dict[str, int | float | str]]:
         """grade, p1..p4 and tier of each pair, in order."""
-        from models.evaluation.tiers import TIER_OF_GRADE
-
-        if not pairs:
-            return []
-        p_NL = self.model.score(pairs, desc)
-        grades_N = self.cumpt.grades(p_NL)
-        return [
-            {
-                "grade": int(g),
-                **{f"p{c}": float(p) for c, p in zip((1, 2, 3, 4), row, strict=True)},
-                "tier": str(TIER_OF_GRADE[int(g)]),
-            }
-            for g, row in zip(grades_N, p_NL, strict=True)
-        ]
+        return grade_pairs(self.model, self.cumpt, pairs, desc)
 
     def reasoning(self, query: Query, product: Product, max_new_tokens: int = 96) -> str:
         """The decoded response: grade by the model's own first token, then the five steps."""
@@ -138,16 +114,9 @@ class ProductSearch:
 
         if mode not in MODES:
             raise ConfigError(explain(f"--mode {mode}", f"one of {', '.join(MODES)}", "fix it"))
-        where = filters.sql()
-        if mode == "lexical":
-            hits = self.index.search_text(query, k, where)
-        else:
-            vectors = encode(self.encoder, [query], prompt="query")
-            if mode == "hybrid":
-                hits = self.index.search_hybrid(query, vectors[0], k, where)
-            else:
-                ids, scores = self.index.search(vectors, k, where)
-                hits = list(zip(ids[0], scores[0], strict=True))
+        lexical = mode == "lexical"
+        vector = np.zeros(0) if lexical else encode(self.encoder, [query], prompt="query")[0]
+        hits = search(self.index, query, vector, k, mode, filters.sql())
         by_id = self.index.products([product_id for product_id, _ in hits])
         return [(by_id[product_id], score) for product_id, score in hits]
 
@@ -191,7 +160,7 @@ def score_table(judge: Champion, source: Path, out: Path) -> int:
         raise ConfigError(
             explain(f"--out {out}", "a file in an existing folder", "make the folder")
         )
-    pairs = [_pair(i, row, source) for i, row in enumerate(table.to_pylist())]
+    pairs = [pair_of(i, row, source) for i, row in enumerate(table.to_pylist())]
     rows = judge.grade(pairs, desc="scoring")
     for name in ("grade", "p1", "p2", "p3", "p4", "tier"):
         kind = pa.string() if name == "tier" else pa.int8() if name == "grade" else pa.float64()
@@ -203,28 +172,6 @@ def score_table(judge: Champion, source: Path, out: Path) -> int:
     pq.write_table(table, partial)
     partial.replace(out)
     return int(table.num_rows)
-
-
-def _pair(index: int, row: Mapping[str, Any], source: Path) -> tuple[Query, Product]:
-    for name in ("query", "title"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            got = f"{name} {row[name]!r} in row {index} of {source}"
-            raise DataContractError(explain(got, "some text", "drop or fill that row"))
-    for name, kinds in OPTIONAL_COLUMNS.items():
-        value = row.get(name)
-        if value is not None and not isinstance(value, kinds):
-            got = f"{name} {value!r} in row {index} of {source}"
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise DataContractError(explain(got, expected, f"convert the column {name}"))
-    return Query(f"row:{index}", row["query"]), Product(
-        f"row:{index}",
-        row["title"],
-        description=row.get("description") or "",
-        brand=row.get("brand") or "",
-        category=row.get("category") or "",
-        attributes=dict(row.get("attributes") or {}),
-        price=row.get("price"),
-    )
 
 
 def evaluate_champion(

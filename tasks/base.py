@@ -62,12 +62,16 @@ def weights_path(ctx: StageContext, ref: ArtifactRef) -> str:
 
 def stored_weights(store: ArtifactStore, ref: ArtifactRef) -> str:
     """The same, outside a stage."""
-    folder: Path = store.path(ref)
-    if ref.name != "base_model":
+    return weights_in(store.path(ref), ref.name, store.settings.weights_dir)
+
+
+def weights_in(folder: Path, stage_name: str, weights_dir: Path) -> str:
+    """The same, of the artifact that the stage `stage_name` left in `folder`."""
+    if stage_name != "base_model":
         return str(folder)
     if (folder / "weights").is_dir():
         return str(folder / "weights")
     from models.lm.weights import resolve
 
     name = json.loads((folder / "base.json").read_text())["name"]
-    return resolve(name, store.settings.weights_dir)
+    return resolve(name, weights_dir)

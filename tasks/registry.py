@@ -1,7 +1,9 @@
 """Registered models: which version is the candidate, which is the champion.
 
-Consumes ArtifactRefs -> produces MLflow model versions whose source is the artifact's folder, with
-the fingerprint as a tag. The same fingerprint is never registered twice.
+Consumes ArtifactRefs -> produces MLflow model versions with the fingerprint as a tag. The source is
+the run's artifact folder, which MLflow loads as a model where tasks/pyfuncs.py has a loader for the
+kind, else (and in versions older than that) the data folder in it. The same fingerprint is never
+registered twice.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from models.errors import ArtifactError, explain
-from tasks.artifacts import SHORT, TAG, ArtifactRef, ArtifactStore
+from tasks.artifacts import DATA, SHORT, TAG, ArtifactRef, ArtifactStore
 from tasks.faults import if_absent
+from tasks.pyfuncs import servable, write_model
 from tasks.settings import settings
 from tasks.stage import metric_name
 
@@ -66,15 +69,17 @@ def register(
         why = found.reason or "no finished run"
         raise ArtifactError(explain(f"{ref.label}: {why}", "a whole artifact", "run it again"))
     ref = found.ref
+    source = write_model(store, ref) if servable(ref) else ref.uri
     with FileLock(store.lock_file(f"registry-{name}")):
         _ensure_model(store.client, name)
         same = _versions_of(store.client, name, ref.fingerprint)
-        kept = next((v for v in same if v.source == ref.uri), None)
+        kept = next((v for v in same if _data_uri(v.source) == ref.uri), None)
         if kept is None:
-            _create(store.client, name, ref)
+            _create(store.client, name, ref, source)
             # more than one where an answer was lost and the request was sent again
             same = _versions_of(store.client, name, ref.fingerprint)
-            kept = min((v for v in same if v.source == ref.uri), key=lambda v: int(v.version))
+            whole = (v for v in same if _data_uri(v.source) == ref.uri)
+            kept = min(whole, key=lambda v: int(v.version))
         version = str(kept.version)
         for key, value in _tags(metrics, tags).items():
             store.client.set_model_version_tag(name, version, key, value)
@@ -157,7 +162,12 @@ def _versions_of(client: MlflowClient, name: str, fingerprint: str) -> list[Mode
     return [v for v in found if v.tags.get(f"{TAG}fingerprint") == fingerprint]
 
 
-def _create(client: MlflowClient, name: str, ref: ArtifactRef) -> None:
+def _data_uri(source: str) -> str:
+    """The artifact's folder behind a version's source."""
+    return source if source.endswith(f"/{DATA}") else f"{source}/{DATA}"
+
+
+def _create(client: MlflowClient, name: str, ref: ArtifactRef, source: str) -> None:
     own = {
         f"{TAG}fingerprint": ref.fingerprint,
         f"{TAG}kind": ref.kind,
@@ -165,7 +175,7 @@ def _create(client: MlflowClient, name: str, ref: ArtifactRef) -> None:
         f"{TAG}parents": " ".join(ref.parents),
     }
     client.create_model_version(
-        name, source=ref.uri, run_id=ref.run_id or None, tags=own, description=ref.label
+        name, source=source, run_id=ref.run_id or None, tags=own, description=ref.label
     )
 
 
@@ -198,7 +208,7 @@ def _registered(version: ModelVersion, aliases: Mapping[str, str]) -> Registered
         kind=tags[f"{TAG}kind"],
         name=tags[f"{TAG}stage"],
         version=fingerprint[:SHORT],
-        uri=version.source,
+        uri=_data_uri(version.source),
         fingerprint=fingerprint,
         parents=tuple(tags.get(f"{TAG}parents", "").split()),
         run_id=version.run_id or "",
