@@ -48,6 +48,7 @@ SHA_BYTES = 1 << 20
 a cached stage must cost milliseconds, and a cut-off write changes the size."""
 SHORT = 12
 """Hex digits of a fingerprint that people read."""
+IN_PLACE = ("s3",)
 HISTORY = 20
 """Runs of the same stage looked at to explain what changed."""
 
@@ -503,6 +504,10 @@ class ArtifactStore:
                 )
             )
         return self._download(ref)
+
+    def place(self, ref: ArtifactRef) -> Path | str:
+        """The URI of `ref` where LanceDB and Arrow read it in place, else as `path`."""
+        return ref.uri if urlparse(ref.uri).scheme in IN_PLACE else self.path(ref)
 
     def _download(self, ref: ArtifactRef) -> Path:
         import mlflow

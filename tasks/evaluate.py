@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from tasks.stage import StageContext, stage
 
 JUDGE_TABLE = "judge_table.json"
 RETRIEVAL_TABLE = "retrieval_table.json"
+HEADLINES = {
+    "judge": ("n", "macro_f1", "f1_1", "f1_2", "f1_3", "f1_4", "accuracy", "kappa", "spearman"),
+    "retrieval": ("n", "recall@10", "recall@100", "ndcg@10", "mrr@10", "goodrate@10", "quality@10"),
+}
+"""Measures of the report; the table has all of them."""
 JUDGED_AT_ONCE = 192
 """Pairs between two progress reports; a multiple of what the judge scores in one pass."""
 
@@ -143,7 +148,40 @@ def _publish(
 ) -> dict[str, float]:
     (ctx.out / file).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     ctx.table(name, rows)
+    ctx.markdown(f"{name}-report", evaluation_report(name, rows))
     return {f"{name}/{k}": float(v) for k, v in last.items() if isinstance(v, int | float)}
+
+
+def evaluation_report(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """An evaluation to read: the headline measures overall, then the last row by segment.
+
+    rows: dicts with `segment`, the row's name first; measures a row lacks are left blank.
+    """
+    first = next(iter(rows[0]))
+    named = [m for m in HEADLINES[name] if any(m in row for row in rows)]
+    overall = [row for row in rows if row["segment"] == "all"]
+    last = overall[-1][first]
+    segments = [row for row in rows if row["segment"] != "all" and row[first] == last]
+    parts = [f"# {name} on held-out queries", "", *_markdown_table(first, named, overall)]
+    if segments:
+        parts += ["", f"## {last} by segment", "", *_markdown_table("segment", named, segments)]
+    return "\n".join(parts) + "\n"
+
+
+def _markdown_table(
+    head: str, measures: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    return [
+        f"| {' | '.join([head, *measures])} |",
+        f"| {' | '.join(['---', *['---:'] * len(measures)])} |",
+        *(f"| {' | '.join([str(r[head]), *(_cell(r.get(m)) for m in measures)])} |" for r in rows),
+    ]
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, int | float) or value != value:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _read_json(path: Path) -> Any:

@@ -1,6 +1,6 @@
 """Links from Prefect's pages to MLflow's: where a flow run's numbers and files are.
 
-Consumes an MLflow run of a pipeline -> produces a link artifact of the surrounding flow run.
+Consumes an MLflow run of a pipeline or a stage -> produces a link artifact of the run around it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def mlflow_link(pages: str, experiment_id: str, run_id: str) -> str:
     return f"{pages}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def link_to_mlflow(current: Settings, experiment_id: str, run_id: str, name: str) -> None:
-    """Show the MLflow run of `name` in the flow run around this call, if there is one.
+def link_to_mlflow(
+    current: Settings, experiment_id: str, run_id: str, name: str, key: str = KEY
+) -> None:
+    """Show the MLflow run of `name` in the flow or task run around this call, if there is one.
 
     Without a known MLflow server, or outside a flow run, nothing is shown. What is only shown may
     fail: that is a warning.
@@ -39,6 +41,6 @@ def link_to_mlflow(current: Settings, experiment_id: str, run_id: str, name: str
         return
     link = mlflow_link(current.mlflow_pages, experiment_id, run_id)
     try:
-        create_link_artifact(link=link, link_text=f"{name} in MLflow", key=KEY, description=name)
+        create_link_artifact(link=link, link_text=f"{name} in MLflow", key=key, description=name)
     except Exception as error:
         logger.warning("Prefect does not show the link to MLflow: %s", error)

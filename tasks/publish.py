@@ -60,7 +60,7 @@ def publish(
         fingerprint=ref.fingerprint, label=ref.label, encoder=_encoder_of(artifacts, ref)
     )
     table = _table(store_name, artifacts)
-    return table.publish(artifacts.path(ref), origin, sink or NullSink())
+    return table.publish(artifacts.place(ref), origin, sink or NullSink())
 
 
 def serve(store_name: str, ref: ArtifactRef | None, *, artifacts: ArtifactStore) -> None:

@@ -67,6 +67,8 @@ class Settings(BaseSettings):
     """MLflow experiment; the CLI sets the store's name."""
     pipeline_run: str | None = None
     """MLflow run id that stage runs nest under (set by the pipeline for other processes)."""
+    system_metrics: bool = False
+    """Whether MLflow samples CPU, memory, disk, network and GPU of every stage's run."""
     wait_for_approval: bool = False
     """Whether a borderline candidate pauses its flow run until a person decides in the Prefect UI
     (needs `prefect_api_url`); off, it is held and `relearn promote` decides."""

@@ -73,6 +73,8 @@ FLUSH_EVERY_S = 1.0
 PROGRESS_EVERY_S = 10.0
 """Shortest time between two progress lines of one stage."""
 MEMORY_EVERY_S = 0.5
+STAGES_KEY = "stages"
+"""Prefect artifact of a flow run: what every stage did."""
 PARAM_CHARS = 500
 """MLflow params are for reading; the manifest holds the whole config."""
 METRICS_PER_BATCH = 500
@@ -127,10 +129,11 @@ def pipeline(
     tags |= _source_tags()
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
     link_to_mlflow(current, store.experiment_id, run_id, name)
-    token = _pipeline.set(Pipeline(run_id, current.experiment, on_progress=on_progress))
+    opened = Pipeline(run_id, current.experiment, on_progress=on_progress)
+    token = _pipeline.set(opened)
     status = "KILLED"
     try:
-        yield _pipeline.get()  # type: ignore[misc]
+        yield opened
         status = "FINISHED"
     except StoreError:
         status = LEFT_OPEN
@@ -140,6 +143,7 @@ def pipeline(
         raise
     finally:
         _pipeline.reset(token)
+        _show_stages(opened.reports)
         _close(store, run_id, status)
 
 
@@ -246,7 +250,7 @@ class StageContext:
         self.store.client.log_figure(self.run_id, fig, f"figures/{name}.{suffix}")
 
     def _key(self, name: str) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.stage}-{name}".lower()).strip("-")
+        return _artifact_key(f"{self.stage}-{name}")
 
 
 def _plain(value: Any) -> Any:
@@ -283,7 +287,7 @@ class _Progress:
 
     def _show(self, percent: float, what: str) -> None:
         if self._artifact is None:
-            key = re.sub(r"[^a-z0-9]+", "-", f"{self._stage}-progress".lower())
+            key = _artifact_key(f"{self._stage}-progress")
             self._artifact = _show(
                 "create_progress_artifact", progress=percent, key=key, description=what
             )
@@ -349,6 +353,72 @@ class _PeakMemory:
             self.peak_bytes = max(self.peak_bytes, total)
             if self._done.wait(MEMORY_EVERY_S):
                 return
+
+
+@contextlib.contextmanager
+def _system_metrics(current: Settings, run_id: str) -> Iterator[None]:
+    """MLflow samples the machine into the run, where `Settings.system_metrics` asks for it."""
+    if not current.system_metrics:
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, tracking_uri=current.tracking_uri)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _show_report(store: ArtifactStore, report: StageReport) -> None:
+    """The numbers of the artifact's MLflow run and the way there, made now or found."""
+    if not _in_task_run():
+        return
+    ref = report.ref
+    run = store.client.get_run(ref.run_id)
+    rows = [
+        {"metric": name, "value": _plain(value)}
+        for name, value in sorted(run.data.metrics.items())
+        if not name.startswith("system/")
+    ]
+    key = _artifact_key(f"{ref.name}-metrics")
+    _show("create_table_artifact", key=key, table=rows, description=f"{ref.label}: {report.reason}")
+    key = _artifact_key(f"{ref.name}-mlflow")
+    link_to_mlflow(store.settings, run.info.experiment_id, ref.run_id, ref.label, key)
+
+
+def _show_stages(reports: Sequence[StageReport]) -> None:
+    """What every stage of a flow run did and why, as one table."""
+    if not reports or "prefect" not in sys.modules:
+        return
+    from prefect.artifacts import create_table_artifact
+    from prefect.context import FlowRunContext
+
+    if FlowRunContext.get() is None:
+        return
+    rows = [
+        {
+            "stage": report.ref.label,
+            "state": "cached" if report.cached else "made",
+            "seconds": round(report.seconds, 1),
+            "why": report.reason,
+        }
+        for report in reports
+    ]
+    try:
+        create_table_artifact(table=rows, key=STAGES_KEY, description="What every stage did.")
+    except Exception as error:
+        logger.warning("Prefect does not show the stages: %s", error)
+
+
+def _artifact_key(name: str) -> str:
+    """A name Prefect accepts as the key of an artifact.
+
+    >>> _artifact_key("judge_dpo-Recall@10")
+    'judge-dpo-recall-10'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @functools.cache
@@ -456,6 +526,7 @@ class Stage:
             what = f"{'cached' if report.cached else 'made'} in run {report.ref.run_id}"
             key = f"{TAG}stage.{report.ref.name}.{report.ref.version}"
             store.client.set_tag(current.pipeline_run, key, what)
+        _show_report(store, report)
         return report
 
     def _cached(
@@ -557,7 +628,7 @@ class Stage:
             )
             began = time.monotonic()
             try:
-                with _PeakMemory() as memory:
+                with _PeakMemory() as memory, _system_metrics(store.settings, run_id):
                     metrics = self.body(context, **bound)
                 sink.log(dict(metrics or {}))
                 sink.log(

@@ -5,6 +5,7 @@ A folder with an index holds `products.lance`, `index.json` (IndexFacts) and `pr
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -70,21 +71,31 @@ class IndexFacts(BaseModel):
         write_text(folder / FACTS, self.model_dump_json(indent=1))
 
     @classmethod
-    def read(cls, folder: Path) -> tuple[IndexFacts, np.ndarray]:
-        """Facts and probes of `folder`.
+    def read(cls, folder: Path | str) -> tuple[IndexFacts, np.ndarray]:
+        """Facts and probes of a folder or of what lies at a URI.
 
         Raises:
             ArtifactError: none there, or written by another version of the code.
         """
         try:
-            facts = cls.model_validate_json((folder / FACTS).read_text(encoding="utf-8"))
-            return facts, np.load(folder / PROBES, allow_pickle=False)
+            facts = cls.model_validate_json(_bytes(folder, FACTS))
+            return facts, np.load(io.BytesIO(_bytes(folder, PROBES)), allow_pickle=False)
         except (OSError, ValidationError, ValueError) as error:
             what = str(error).splitlines()[0]
             expected = f"an index folder with {FACTS} and {PROBES}"
             raise ArtifactError(
                 explain(f"{what} in {folder}", expected, "build the index again")
             ) from None
+
+
+def _bytes(folder: Path | str, name: str) -> bytes:
+    if isinstance(folder, Path):
+        return (folder / name).read_bytes()
+    from pyarrow.fs import FileSystem
+
+    system, path = FileSystem.from_uri(folder)
+    with system.open_input_stream(f"{path}/{name}") as stream:
+        return bytes(stream.read())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,8 +36,9 @@ SCANNED_ROWS = 8192
 """Rows in memory at once when all vectors are read."""
 
 
-def connect(folder: Path) -> DBConnection:
-    """The LanceDB connection of a folder; other processes' writes are seen at once."""
+def connect(folder: Path | str) -> DBConnection:
+    """The LanceDB connection of a folder, or of a URI such as s3://bucket/path, reached as AWS_* in
+    the environment says; other processes' writes are seen at once."""
     import lancedb
 
     return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
@@ -62,8 +63,8 @@ class LanceIndex:
         self.table, self.nprobes, self.refine, self.dim = table, nprobes, refine, dim
 
     @classmethod
-    def open(cls, folder: Path) -> LanceIndex:
-        """The newest version of the table in `folder`, searched as its facts say.
+    def open(cls, folder: Path | str) -> LanceIndex:
+        """The newest version of the table in a folder or at a URI, searched as its facts say.
 
         Raises:
             ArtifactError: no index there.
@@ -168,17 +169,23 @@ class LanceIndex:
         return len(self) if stats is None else int(stats.num_unindexed_rows)
 
 
-def open_table(folder: Path) -> Table:
-    """The products table of a folder, at its newest version.
+def open_table(folder: Path | str) -> Table:
+    """The products table of a folder or a URI, at its newest version.
 
     Raises:
         ArtifactError: none there.
     """
-    if not (folder / f"{TABLE}.lance").is_dir():
-        raise ArtifactError(
-            explain(f"no {TABLE}.lance in {folder}", "an index folder", "build the index again")
-        )
-    return connect(folder).open_table(TABLE)
+    nothing = ArtifactError(
+        explain(f"no {TABLE}.lance in {folder}", "an index folder", "build the index again")
+    )
+    if isinstance(folder, Path) and not (folder / f"{TABLE}.lance").is_dir():
+        raise nothing
+    try:
+        return connect(folder).open_table(TABLE)
+    except ValueError as error:
+        if "was not found" in str(error):
+            raise nothing from None
+        raise
 
 
 def vector_index_stats(table: Table) -> Any:

@@ -115,12 +115,13 @@ class PublishedIndex:
 
     def publish(
         self,
-        source: Path,
+        source: Path | str,
         origin: Origin,
         sink: MetricSink,
         expected_rows: int | None = None,
     ) -> Publication:
-        """Copy the index that `build_index` left in `source` into a new version and serve it.
+        """Copy the index that `build_index` left in `source` (a folder, or the URI where it is kept
+        now) into a new version and serve it.
 
         Nothing happens when it is the served one; an interrupted publish of it is finished.
 
