@@ -5,11 +5,6 @@ Run it with `make test-live`: starting two servers, a worker and a flow takes a 
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,32 +13,10 @@ import psutil
 import pytest
 
 from tasks import processes
-from tasks.processes import MARK
+from tests.live import free_port, ours, relearn, wait_for
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEDULED = "evaluate-champion monitor refresh-index retrain retrain-embedder retrain-judge".split()
 NAMES = sorted([*SCHEDULED, "backfill"])
-WAIT_S = 240
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def relearn(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as a person starts it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments, "--home", str(home)],
-        env=env | {"PYTHONPATH": str(REPOSITORY)},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -53,18 +26,6 @@ def home(tmp_path: Path) -> Iterator[Path]:
     yield folder
     for process in ours(folder):
         process.kill()
-
-
-def ours(home: Path) -> list[psutil.Process]:
-    """Running processes of the home, found without the code under test."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == str(home) and process.status() != "zombie":
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 @pytest.mark.live
@@ -149,12 +110,3 @@ def scheduled_runs(client: Any) -> set[str]:
     names = {d.id: d.name for d in client.read_deployments()}
     rows = client.read_flow_runs()
     return {names[r.deployment_id] for r in rows if r.auto_scheduled and r.state.is_scheduled()}
-
-
-def wait_for(read: Any, good: Any) -> Any:
-    """The first reading that is good."""
-    deadline = time.monotonic() + WAIT_S
-    while not good(value := read()):
-        assert time.monotonic() < deadline, value
-        time.sleep(0.5)
-    return value

@@ -340,6 +340,64 @@ def test_in_a_flow_the_second_call_shows_cached(prefect_server: None, home: Path
     assert calls == ["source", "copy"]
 
 
+def test_a_flow_run_shows_numbers_links_and_what_every_stage_did(
+    prefect_server: None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import flow, runtime
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    monkeypatch.setenv("RELEARN_MLFLOW_UI", "http://127.0.0.1:5999")
+
+    @flow
+    def shown() -> tuple[str, ArtifactRef]:
+        with pipeline("chain", experiment="shop"):
+            made = source(config=Config())
+            source(config=Config())
+        return runtime.flow_run.id, made
+
+    run_id, ref = shown()
+    with get_client(sync_client=True) as client:
+        only = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+        artifacts = client.read_artifacts(flow_run_filter=only)
+    by_key: dict[str, list[str]] = {}
+    for artifact in artifacts:
+        by_key.setdefault(artifact.key, []).append(str(artifact.data))
+    assert sorted(by_key) == ["mlflow-run", "source-metrics", "source-mlflow", "stages"]
+    # a cached stage shows the numbers it was made with
+    assert len(by_key["source-metrics"]) == len(by_key["source-mlflow"]) == 2
+    for table in by_key["source-metrics"]:
+        assert '"metric": "rows", "value": 1.0' in table and "loss/Recall_at_10" in table
+    assert all(f"/runs/{ref.run_id}" in link for link in by_key["source-mlflow"])
+    (stages,) = by_key["stages"]
+    assert stages.index('"made"') < stages.index('"cached"') and ref.label in stages
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_mlflow_samples_the_machine_only_where_asked(
+    current: Settings, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    from mlflow.system_metrics import system_metrics_monitor
+
+    seen: list[tuple[str, ...]] = []
+
+    class Monitor:
+        def __init__(self, run_id: str, tracking_uri: str) -> None:
+            self.run_id, self.uri = run_id, tracking_uri
+
+        def start(self) -> None:
+            seen.append(("start", self.run_id, self.uri))
+
+        def finish(self) -> None:
+            seen.append(("finish", self.run_id))
+
+    monkeypatch.setattr(system_metrics_monitor, "SystemMetricsMonitor", Monitor)
+    monkeypatch.setenv("RELEARN_SYSTEM_METRICS", str(asked))
+    ref = source.make(config=Config())
+    began = ("start", ref.run_id, current.tracking_uri)
+    assert seen == ([began, ("finish", ref.run_id)] if asked else [])
+
+
 def test_in_a_flow_only_transient_errors_are_retried(prefect_server: None) -> None:
     from prefect import flow
 
