@@ -220,7 +220,7 @@ class IndexModel:
         if not 1 <= k <= MAX_K:
             raise ConfigError(explain(f"k {k}", f"1 to {MAX_K}", "correct the request"))
         queries = rows["query"].tolist()
-        vectors = encode(self.encoder, queries, prompt="query") if queries else []
+        vectors = encode(self.encoder, queries, prompt="query")
         out = []
         for query, vector in zip(queries, vectors, strict=True):
             found = search(self.index, query, vector, k, mode)

@@ -52,7 +52,7 @@ def ask(url: str, columns: list[str], data: list[list[Any]], **params: Any) -> l
 
 @pytest.mark.live
 def test_the_champions_answer_over_http(chain: Chain, tmp_path: Path) -> None:
-    with endpoint(chain, "synthetic-judge", tmp_path / "judge.log") as url:
+    with endpoint(chain, "synthetic-smoke-judge", tmp_path / "judge.log") as url:
         pairs = [["red couch", "Red velvet sofa"], ["red couch", "Blue desk lamp"]]
         rows = ask(url, ["query", "title"], pairs)
         assert len(rows) == 2
@@ -62,7 +62,7 @@ def test_the_champions_answer_over_http(chain: Chain, tmp_path: Path) -> None:
         with pytest.raises(HTTPError) as refused:
             ask(url, ["query"], [["red couch"]])
         assert refused.value.code == 400 and b"title" in refused.value.read()
-    with endpoint(chain, "synthetic-index", tmp_path / "index.log") as url:
+    with endpoint(chain, "synthetic-smoke-index", tmp_path / "index.log") as url:
         rows = ask(url, ["query"], [["red couch"], ["lamp"]], k=3)
         assert [(r["query"], r["rank"]) for r in rows] == [
             (q, n) for q in ("red couch", "lamp") for n in (1, 2, 3)

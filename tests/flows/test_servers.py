@@ -77,7 +77,7 @@ def test_the_chain_on_postgresql_and_s3(
     assert flow_runs(addresses["PREFECT_API_DATABASE_CONNECTION_URL"]) > 0
     the_index_reads_in_place(home, tmp_path)
 
-    found = relearn(home, "search", "red couch", "-k", "3", env=addresses)
+    found = relearn(home, "search", "red couch", "--store", "synthetic-smoke", env=addresses)
     assert found.returncode == 0 and "red couch" in found.stdout, found.stdout + found.stderr
     stopped = relearn(home, "down", env=addresses)
     assert stopped.returncode == 0 and ours(home) == []
@@ -102,9 +102,9 @@ def the_index_reads_in_place(home: Path, tmp_path: Path) -> None:
     from tasks.artifacts import ArtifactStore
     from tasks.settings import settings
 
-    store = ArtifactStore(settings(home=home, experiment="synthetic"))
+    store = ArtifactStore(settings(home=home, experiment="synthetic-smoke"))
     assert store.settings.tracking_uri.startswith("postgresql")
-    champion = registry.champion("synthetic-index", store=store)
+    champion = registry.champion("synthetic-smoke-index", store=store)
     assert champion is not None and champion.ref.uri.startswith("s3://relearn/artifacts/")
     assert store.place(champion.ref) == champion.ref.uri
     remote, local = LanceIndex.open(champion.ref.uri), LanceIndex.open(store.path(champion.ref))

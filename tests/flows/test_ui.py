@@ -19,6 +19,7 @@ from tests.live import REPOSITORY, WAIT_S, free_port, ours, relearn, wait_for
 SCREENSHOTS = REPOSITORY / "infra" / "screenshots"
 LARGEST_BYTES = 150_000
 COLOURS = 64
+STORE = "synthetic-smoke"
 RUN_S = 1200
 FLAGS = (
     "--headless",
@@ -113,7 +114,7 @@ def see_prefect(browser: Any, url: str) -> None:
         temporary_settings({PREFECT_API_URL: f"{url}/api"}),
         get_client(sync_client=True) as client,
     ):
-        (run,) = [r for r in client.read_flow_runs() if r.name == "synthetic"]
+        (run,) = [r for r in client.read_flow_runs() if r.name == STORE]
         artifacts = {a.key: a for a in client.read_artifacts(limit=200)}
     assert {
         "mlflow-run",
@@ -123,9 +124,9 @@ def see_prefect(browser: Any, url: str) -> None:
         "validate-validation",
         "evaluate-judge-judge-report",
         "evaluate-retrieval-retrieval-report",
-        "gate-synthetic",
+        f"gate-{STORE}",
     } <= set(artifacts)
-    look(browser, f"{url}/runs/flow-run/{run.id}", "synthetic", "Completed", "judge")
+    look(browser, f"{url}/runs/flow-run/{run.id}", STORE, "Completed", "judge")
     keep(browser, "prefect-run")
     report = artifacts["evaluate-judge-judge-report"]
     look(browser, f"{url}/artifacts/artifact/{report.id}", "macro_f1", "majority", "CoT SFT")
@@ -137,11 +138,11 @@ def see_mlflow(browser: Any, home: Path, url: str) -> None:
     from tasks.artifacts import ArtifactStore
     from tasks.settings import settings
 
-    store = ArtifactStore(settings(home=home, experiment="synthetic"))
+    store = ArtifactStore(settings(home=home, experiment=STORE))
     (judged,) = store.search("tags.`relearn.stage` = 'evaluate_judge'")
     page = f"{url}/#/experiments/{store.experiment_id}/runs/{judged.info.run_id}"
     look(browser, page, "evaluate_judge", "judge/macro_f1", "relearn.fingerprint")
     keep(browser, "mlflow-run")
-    look(browser, f"{url}/#/models/synthetic-judge", "synthetic-judge", "champion", "Version 1")
+    look(browser, f"{url}/#/models/{STORE}-judge", f"{STORE}-judge", "champion", "Version 1")
     keep(browser, "mlflow-champion")
-    look(browser, f"{url}/#/models/synthetic-judge/versions/1", "champion", "title", "tier")
+    look(browser, f"{url}/#/models/{STORE}-judge/versions/1", "champion", "title", "tier")
