@@ -155,6 +155,21 @@ def test_secrets_come_from_the_environment() -> None:
     assert checked > 6
 
 
+def test_the_servers_without_containers_name_what_compose_names() -> None:
+    script = (INFRA / "servers.py").read_text()
+    services = COMPOSE["services"]
+    names = {n for n in services["worker"]["environment"] if n.startswith(("AWS_", "MLFLOW_S3"))}
+    assert {"AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "MLFLOW_S3_ENDPOINT_URL"} <= names
+    for name in names | {"RELEARN_ARTIFACT_ROOT", "PREFECT_API_DATABASE_CONNECTION_URL"}:
+        assert f'"{name}"' in script, name
+    for service, name in (("prefect", "asyncpg"), ("mlflow", "psycopg2")):
+        (url,) = [v for v in services[service]["environment"].values() if "postgresql" in str(v)]
+        assert url.startswith(f"postgresql+{name}://relearn:") and url.endswith(f"/{service}")
+        assert f"postgresql+{name}://" in script and f"/{service}" in script
+    assert services["worker"]["environment"]["RELEARN_ARTIFACT_ROOT"] == "s3://relearn/artifacts"
+    assert 'BUCKET = "relearn"' in script
+
+
 def test_services_wait_only_for_services_that_can_get_there() -> None:
     services = COMPOSE["services"]
     for service in services.values():

@@ -7,6 +7,7 @@ Run it with `make test-live`; it needs Chromium (Debian: chromium, chromium-driv
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tests.live import REPOSITORY, WAIT_S, free_port, ours, relearn, wait_for
 SCREENSHOTS = REPOSITORY / "infra" / "screenshots"
 LARGEST_BYTES = 150_000
 COLOURS = 64
+SETTLE_S = 3.0
+"""For the picture alone: what is drawn rather than written has no text to wait for."""
 STORE = "synthetic-smoke"
 RUN_S = 1200
 FLAGS = (
@@ -77,6 +80,15 @@ def look(browser: Any, url: str, *words: str) -> None:
         return [word for word in words if word.lower() not in text]
 
     wait_for(missing, lambda left: not left)
+    dismiss(browser)
+    time.sleep(SETTLE_S)
+
+
+def dismiss(browser: Any) -> None:
+    """Close what MLflow lays over its pages on a first visit."""
+    browser.execute_script(
+        "document.querySelectorAll('button[aria-label*=\"lose\"]').forEach(b => b.click())"
+    )
 
 
 def keep(browser: Any, name: str) -> None:
