@@ -6,6 +6,7 @@ Run it with `make test-live`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,10 @@ def endpoint(chain: Chain, model: str, log: Path) -> Iterator[str]:
     options = f"--env-manager local --host 127.0.0.1 --port {port} --workers 1".split()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{model}@champion"]
     uri = chain.artifacts.settings.tracking_uri
-    env = environment(chain.home, {"MLFLOW_TRACKING_URI": uri, "RELEARN_DEVICE": "cpu"})
+    # mlflow looks for uvicorn on the PATH
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    more = {"MLFLOW_TRACKING_URI": uri, "RELEARN_DEVICE": "cpu", "PATH": path}
+    env = environment(chain.home, more)
     with served([*command, *options], env, log) as server:
         url = f"http://127.0.0.1:{port}"
 
