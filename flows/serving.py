@@ -197,7 +197,7 @@ def evaluate_champion(
     p_NL = judge.model.score([(p.query, p.product) for p in pairs], "evaluating")
     head = {"segment": "all", "n": len(pairs)}
     argmax, cumpt = p_NL.argmax(1) + 1, judge.cumpt.grades(p_NL)
-    numbers = probability_metrics(gold_N, p_NL)
+    numbers = probability_metrics(gold_N, p_NL, np.array([p.rating for p in pairs]))
     return [
         {"judge": "champion", **head, **grade_metrics(gold_N, argmax), **numbers},
         {"judge": "champion + CumPT", **head, **grade_metrics(gold_N, cumpt)},

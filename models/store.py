@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ class Store:
                 verdicts=_verdicts(row),
                 weight=1.0 if row["weight"] is None else row["weight"],
                 reasoning=row["reasoning"] or "",
+                raters=statistics.fmean(row["rater_grades"]) if row["rater_grades"] else None,
             )
             for row in table.to_pylist()
         ]

@@ -82,7 +82,8 @@ class Pair:
     """A labelled (query, product): what the judge learns from.
 
     grade: 1..4. verdicts: gold step verdicts where the store knows them, else None.
-    reasoning: the judgment's own words, "" where it has none.
+    reasoning: the judgment's own words, "" where it has none. raters: mean of the single raters'
+    grades, in [1, 4]; None where the store keeps none.
     """
 
     query: Query
@@ -91,6 +92,12 @@ class Pair:
     verdicts: Verdicts | None = None
     weight: float = 1.0
     reasoning: str = ""
+    raters: float | None = None
+
+    @property
+    def rating(self) -> float:
+        """The finest grade there is: the raters' mean, else the grade."""
+        return float(self.grade) if self.raters is None else self.raters
 
     @property
     def key(self) -> tuple[str, str]:

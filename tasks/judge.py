@@ -229,7 +229,7 @@ def judge_calibrated(
     }
 
 
-@stage(name="judge_answers", kind="judge", code_version="2")
+@stage(name="judge_answers", kind="judge", code_version="3")
 def judge_answers(
     ctx: StageContext,
     config: AnswersConfig,
@@ -265,6 +265,7 @@ def answer_rows(
             "query_id": p.query.query_id,
             "product_id": p.product.product_id,
             "grade": p.grade,
+            "rating": p.rating,
             "p": [float(x) for x in row],
         }
         for p, row in zip(pairs, scores, strict=True)

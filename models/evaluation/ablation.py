@@ -135,7 +135,8 @@ def _metrics(
     out = grade_metrics_under(gold_N, said_N, query_N, weights_BQ)
     if p_NL is not None:
         expected_N = p_NL @ np.array(GRADES)
-        out["spearman"] = spearman_under(expected_N, gold_N, query_N, weights_BQ)
+        rating_N = np.array([a["rating"] for a in answers])
+        out["spearman"] = spearman_under(expected_N, rating_N, query_N, weights_BQ)
     counts = dict.fromkeys(out, len(answers))
     for more, n in (
         _reasoning(answers, order, query_of, weights_BQ),

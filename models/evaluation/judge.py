@@ -31,13 +31,18 @@ def grade_metrics(gold_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, floa
     return out
 
 
-def probability_metrics(gold_N: np.ndarray, probabilities_NL: np.ndarray) -> dict[str, float]:
-    """Spearman of the expected grade with gold, negative log-likelihood (nats), ECE (10 bins)."""
+def probability_metrics(
+    gold_N: np.ndarray, probabilities_NL: np.ndarray, rating_N: np.ndarray
+) -> dict[str, float]:
+    """Spearman of the expected grade with the rating, NLL (nats), ECE (10 bins).
+
+    rating_N: `Pair.rating`, finer than the grade where several raters were asked.
+    """
     from scipy.stats import spearmanr
 
     expected_N = probabilities_NL @ np.array(GRADES)
-    constant = np.ptp(expected_N) < 1e-9 or np.ptp(gold_N) == 0
-    rho = 0.0 if constant else float(spearmanr(expected_N, gold_N).statistic)
+    constant = np.ptp(expected_N) < 1e-9 or np.ptp(rating_N) == 0
+    rho = 0.0 if constant else float(spearmanr(expected_N, rating_N).statistic)
     picked_N = probabilities_NL[np.arange(len(gold_N)), gold_N - 1]
     confidence_N = probabilities_NL.max(1)
     right_N = probabilities_NL.argmax(1) + 1 == gold_N

@@ -21,7 +21,7 @@ from models.store import Store
 from models.teacher.response import Order, parse_response
 
 Answer = Mapping[str, Any]
-"""query_id, product_id, grade, p [4], and response, finished where the reasoning was decoded."""
+"""query_id, product_id, grade, rating, p [4]; response, finished where reasoning was decoded."""
 
 
 def judge_rows(
@@ -58,7 +58,7 @@ def _row(
     verdicts = [gold.get((a["query_id"], a["product_id"])) for a in spoken]
     return {
         **grade_metrics(gold_N, p_NL.argmax(1) + 1),
-        **probability_metrics(gold_N, p_NL),
+        **probability_metrics(gold_N, p_NL, np.array([a["rating"] for a in kept])),
         **reasoning_metrics(responses, verdicts),
         "reasoned": float(len(spoken)),
     }

@@ -46,8 +46,8 @@ class JudgeSpec:
         if not prompt.evidence:
             return cls(prompt, rules=rules)
         kinds, weights = KindLexicon.fit(pairs), WordWeights.fit(products)
-        read = [(p.query, gather(p.query, p.product, kinds, weights), p.grade) for p in pairs]
-        return cls(prompt, kinds, None, rules, weights, GradeEstimate.fit(read))
+        estimate = GradeEstimate.fit(pairs, lambda p: gather(p.query, p.product, kinds, weights))
+        return cls(prompt, kinds, None, rules, weights, estimate)
 
     def calibrated(self, cumpt: CumPT) -> JudgeSpec:
         """The same with a CumPT reading."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from models.rules.evidence import NUM_FEATURES, Evidence
-from models.types import GRADES, Query
+from models.types import GRADES, Pair, Query
 
 FOLDS = 5
 MAX_PAIRS = 20_000
@@ -67,26 +67,26 @@ class GradeEstimate:
     trained: frozenset[str]
 
     @classmethod
-    def fit(cls, examples: Sequence[tuple[Query, Evidence, int]]) -> GradeEstimate | None:
-        """Ridge regression on the grade, then a monotone curve that makes grades equally frequent.
+    def fit(cls, pairs: Sequence[Pair], gather: Callable[[Pair], Evidence]) -> GradeEstimate | None:
+        """Ridge regression on the rating, then a monotone curve that makes grades equally frequent.
 
-        None without examples.
+        None without pairs.
         """
-        if not examples:
+        if not pairs:
             return None
-        if len(examples) > MAX_PAIRS:
-            examples = random.Random(0).sample(examples, MAX_PAIRS)
-        x_NF = np.array([features(evidence) for _, evidence, _ in examples])
-        y_N = np.array([float(grade) for *_, grade in examples])
-        fold_N = np.array([_fold(query) for query, *_ in examples])
+        if len(pairs) > MAX_PAIRS:
+            pairs = random.Random(0).sample(pairs, MAX_PAIRS)
+        x_NF = np.array([features(gather(p)) for p in pairs])
+        y_N = np.array([p.rating for p in pairs])
+        fold_N = np.array([_fold(p.query) for p in pairs])
         weights = [_ridge(x_NF, y_N)]
-        value_N = np.empty(len(examples))
+        value_N = np.empty(len(pairs))
         for k in range(FOLDS):
             weights.append(_ridge(x_NF[fold_N != k], y_N[fold_N != k]))
             value_N[fold_N == k] = x_NF[fold_N == k] @ weights[-1]
-        count = Counter(y_N.tolist())
-        knots = _quantiles(value_N, np.array([1 / count[y] for y in y_N.tolist()]))
-        trained = frozenset(query.query_id for query, *_ in examples)
+        count = Counter(p.grade for p in pairs)
+        knots = _quantiles(value_N, np.array([1 / count[p.grade] for p in pairs]))
+        trained = frozenset(p.query.query_id for p in pairs)
         return cls([w.tolist() for w in weights], knots.tolist(), trained)
 
     def __call__(self, query: Query, evidence: Evidence) -> float:

@@ -41,7 +41,7 @@ def test_a_weighted_metric_is_the_plain_one_on_repeated_pairs() -> None:
         at = repeated(weights_Q)
         plain = grade_metrics(GOLD_N[at], SAID_N[at])
         assert {k: found[k][b] for k in plain} == pytest.approx(plain)
-        plain = probability_metrics(GOLD_N[at], P_NL[at])
+        plain = probability_metrics(GOLD_N[at], P_NL[at], GOLD_N[at])
         assert rho_B[b] == pytest.approx(plain["spearman"])
 
 
@@ -67,6 +67,7 @@ def answers(grades: Sequence[int], said: Sequence[int], **more: Any) -> list[dic
             "query_id": f"q{i // 2}",
             "product_id": f"p{i}",
             "grade": g,
+            "rating": float(g),
             "p": [float(s == k) for k in (1, 2, 3, 4)],
             **more,
         }

@@ -357,6 +357,7 @@ def test_judge_outcomes_are_the_served_grades(store: Any) -> None:
             "query_id": p.query.query_id,
             "product_id": p.product.product_id,
             "grade": p.grade,
+            "rating": p.rating,
             "p": [float(g == (p.grade if i % 4 else 1)) for g in (1, 2, 3, 4)],
         }
         for i, p in enumerate(pairs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,73 +15,70 @@ from models.judge.config import PromptConfig
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
 from models.lm.weights import load_tokenizer
-from models.rules.estimate import GradeEstimate, _quantiles, _ridge
+from models.rules.estimate import GradeEstimate, _fold, _quantiles, _ridge
 from models.rules.evidence import Evidence, gather
 from models.rules.words import WordWeights
 from models.types import Pair, Product, Query
 from tests.builders import WORDS, make_pairs, make_tiny_judge
 
-Example = tuple[Query, Evidence, int]
+WEIGHTS = WordWeights(1, {})
 
 
-def graded_by_words(count: int, seed: int = 0, query: str = "q{}") -> list[Example]:
+def read(pair: Pair) -> Evidence:
+    """The evidence of a store whose words weigh alike."""
+    return gather(pair.query, pair.product, weights=WEIGHTS)
+
+
+def graded_by_words(count: int, seed: int = 0, query: str = "q{}") -> list[Pair]:
     """Pairs whose grade is one more than the query's words found, of three."""
     rng = random.Random(seed)
-    weights = WordWeights(1, {})
     out = []
     for i in range(count):
         words = rng.sample(WORDS, 6)
         grade = rng.randint(1, 4)
         title = words[: grade - 1] + words[3 : 3 + 4 - grade]
         asked = Query(query.format(i), " ".join(words[:3]))
-        out.append((asked, gather(asked, Product(str(i), " ".join(title)), weights=weights), grade))
+        out.append(Pair(asked, Product(str(i), " ".join(title)), grade))
     return out
 
 
 def test_it_learns_what_words_say_and_orders_new_queries_by_it() -> None:
-    estimate = GradeEstimate.fit(graded_by_words(200))
+    estimate = GradeEstimate.fit(graded_by_words(200), read)
     assert estimate is not None
     new = graded_by_words(200, seed=1, query="new{}")
-    values = [estimate(query, evidence) for query, evidence, _ in new]
+    values = [estimate(p.query, read(p)) for p in new]
     assert all(1.0 <= v <= 4.0 for v in values)
-    assert spearmanr(values, [grade for *_, grade in new]).statistic > 0.9
-    assert np.mean([round(v) == g for v, (*_, g) in zip(values, new, strict=True)]) > 0.8
+    assert spearmanr(values, [p.grade for p in new]).statistic > 0.9
+    assert np.mean([round(v) == p.grade for v, p in zip(values, new, strict=True)]) > 0.8
+
+
+def test_raters_are_finer_than_the_grade() -> None:
+    pairs = graded_by_words(100)
+    finer = [replace(p, raters=p.grade - 0.3 * (i % 2)) for i, p in enumerate(pairs)]
+    plain, fine = GradeEstimate.fit(pairs, read), GradeEstimate.fit(finer, read)
+    assert plain is not None and fine is not None
+    assert plain.weights[0] != fine.weights[0]
 
 
 def test_a_training_query_is_read_without_its_own_labels() -> None:
-    examples = graded_by_words(60)
-    lying = [(q, e, 1) if q.query_id == "q0" else (q, e, g) for q, e, g in examples]
-    truth, lie = GradeEstimate.fit(examples), GradeEstimate.fit(lying)
+    pairs = graded_by_words(60)
+    lying = [replace(p, grade=1) if p.query.query_id == "q0" else p for p in pairs]
+    truth, lie = GradeEstimate.fit(pairs, read), GradeEstimate.fit(lying, read)
     assert truth is not None and lie is not None
-    query, evidence, _ = examples[0]
-    assert np.dot(truth.weights[1 + fold(truth, query)], features_of(evidence)) == pytest.approx(
-        np.dot(lie.weights[1 + fold(lie, query)], features_of(evidence))
-    )
+    row = 1 + _fold(pairs[0].query)
+    assert truth.weights[row] == lie.weights[row]
     assert truth.weights[0] != lie.weights[0]
 
 
-def fold(estimate: GradeEstimate, query: Query) -> int:
-    """The fold whose weights `estimate` reads a training query with."""
-    from models.rules.estimate import _fold
-
-    assert query.query_id in estimate.trained
-    return _fold(query)
-
-
-def features_of(evidence: Evidence) -> list[float]:
-    """The features, by the module's own function."""
-    from models.rules.estimate import features
-
-    return features(evidence)
-
-
 def test_new_and_training_queries_are_read_with_different_weights() -> None:
-    examples = graded_by_words(60)
-    estimate = GradeEstimate.fit(examples)
+    pairs = graded_by_words(60)
+    estimate = GradeEstimate.fit(pairs, read)
     assert estimate is not None
-    evidence = examples[0][1]
-    seen, unseen = Query("q0", "x"), Query("never", "x")
-    assert estimate(seen, evidence) != estimate(unseen, evidence)
+    evidence = read(pairs[0])
+    own = replace(estimate, trained=frozenset())
+    assert estimate(pairs[0].query, evidence) != own(pairs[0].query, evidence)
+    other = Query("never", "x")
+    assert estimate(other, evidence) == own(other, evidence)
 
 
 def test_ridge_leaves_the_constant_free_and_shrinks_the_rest() -> None:
@@ -99,27 +98,27 @@ def test_quantiles_weigh_the_pairs() -> None:
     assert knots[-1] == 3.0 and knots[24] == pytest.approx(2.0)  # three quarters lie at or below 2
 
 
-def test_round_trip_and_no_examples() -> None:
-    examples = graded_by_words(40)
-    estimate = GradeEstimate.fit(examples)
+def test_round_trip_and_no_pairs() -> None:
+    pairs = graded_by_words(40)
+    estimate = GradeEstimate.fit(pairs, read)
     assert estimate is not None
     again = GradeEstimate.from_json(json.loads(json.dumps(estimate.to_json())))
-    for query, evidence, _ in examples:
-        assert again(query, evidence) == estimate(query, evidence)
-    assert GradeEstimate.fit([]) is None
+    for pair in pairs:
+        assert again(pair.query, read(pair)) == estimate(pair.query, read(pair))
+    assert GradeEstimate.fit([], read) is None
 
 
-def test_pairs_of_one_grade_and_one_fold_still_give_a_number() -> None:
-    one = [(q, e, 3) for q, e, _ in graded_by_words(5, query="same")]
-    estimate = GradeEstimate.fit(one)
+def test_pairs_of_one_grade_and_one_query_still_give_a_number() -> None:
+    one = [replace(p, grade=3) for p in graded_by_words(5, query="same")]
+    estimate = GradeEstimate.fit(one, read)
     assert estimate is not None
-    assert 1.0 <= estimate(*one[0][:2]) <= 4.0
+    assert 1.0 <= estimate(one[0].query, read(one[0])) <= 4.0
 
 
-def test_the_prompt_ends_with_the_estimate(tmp_path: object) -> None:
+def test_the_prompt_ends_with_the_estimate(tmp_path: Path) -> None:
     pairs: list[Pair] = make_pairs(40)
     spec = JudgeSpec.fit(PromptConfig(), pairs, [p.product for p in pairs])
-    tokenizer = load_tokenizer(make_tiny_judge(tmp_path, pairs))  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(make_tiny_judge(tmp_path, pairs))
     encoder = PromptEncoder(tokenizer, spec)
     pair = pairs[0]
     evidence = gather(pair.query, pair.product, spec.kinds, spec.weights)

@@ -34,13 +34,21 @@ def test_kappa_of_a_constant_is_zero_and_of_gold_is_one() -> None:
 
 def test_probability_metrics_of_a_certain_judge() -> None:
     gold = np.array([1, 2, 3, 4])
-    got = probability_metrics(gold, np.eye(4))
+    got = probability_metrics(gold, np.eye(4), gold)
     assert got["spearman"] == pytest.approx(1)
     assert got["nll"] == pytest.approx(0) and got["ece"] == pytest.approx(0)
 
 
+def test_order_is_compared_with_the_raters_mean_and_not_the_rounded_grade() -> None:
+    p_NL = np.array([[0.0, 0.0, 0.6, 0.4], [0.0, 0.0, 0.4, 0.6], [1.0, 0.0, 0.0, 0.0]])
+    gold = np.array([3, 3, 1])
+    assert probability_metrics(gold, p_NL, np.array([3.33, 2.67, 1.0]))["spearman"] == 0.5
+    assert probability_metrics(gold, p_NL, np.array([2.67, 3.33, 1.0]))["spearman"] == 1.0
+
+
 def test_constant_probabilities_have_no_rank_correlation() -> None:
-    got = probability_metrics(np.array([1, 4]), np.full((2, 4), 0.25))
+    gold = np.array([1, 4])
+    got = probability_metrics(gold, np.full((2, 4), 0.25), gold)
     assert got["spearman"] == 0
     assert got["nll"] == pytest.approx(np.log(4))
 
