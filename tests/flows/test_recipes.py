@@ -106,7 +106,7 @@ def test_later_changes_win_and_the_original_stays() -> None:
         ("jduge.dpo.beta=0.2", r"data, embedder, gate, judge"),
         ("judge.dpo.beta.x=0.2", r"beta.*under judge\.dpo"),
         ("judge.dpo", r"judge\.dpo.*key=value"),
-        ("=1", r"one of data, embedder, gate, judge"),
+        ("=1", r"one of ablation, data, embedder, gate, judge"),
         ("", r"key=value"),
         ("judge.dpo.beta=-1", r"judge\.dpo\.beta = -1.*greater than 0"),
         ("judge.dpo.beta=many", r"judge\.dpo\.beta = 'many'.*number"),

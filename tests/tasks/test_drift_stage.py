@@ -37,7 +37,7 @@ def judge_of(ctx: StageContext, base: ArtifactRef, store: ArtifactRef) -> None:
     from models.judge.spec import JudgeSpec
 
     shutil.copytree(ctx.open(base) / "weights", ctx.out, dirs_exist_ok=True)
-    JudgeSpec.fit(PromptConfig(evidence=False), []).calibrated(CumPT(0.5)).write(ctx.out)
+    JudgeSpec.fit(PromptConfig(evidence=False), [], []).calibrated(CumPT(0.5)).write(ctx.out)
 
 
 @stage(name="encoder", kind="embedder")

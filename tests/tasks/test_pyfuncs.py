@@ -21,7 +21,7 @@ from models.index.lance import LanceIndex
 from models.judge.config import PromptConfig
 from models.judge.scoring import ScoringJudge
 from models.judge.spec import JudgeSpec
-from models.types import Product
+from models.types import Product, Query
 from tasks import pyfuncs, registry
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.settings import Settings
@@ -35,7 +35,7 @@ PRODUCTS = [Product(f"p{i}", pair.product.title) for i, pair in enumerate(PAIRS)
 @stage(name="judge_calibrated", kind="judge")
 def tiny_judge(ctx: StageContext, beta: float | None = 0.5) -> None:
     make_tiny_judge(ctx.out, PAIRS)
-    spec = JudgeSpec.fit(PromptConfig(), PAIRS)
+    spec = JudgeSpec.fit(PromptConfig(), PAIRS, [p.product for p in PAIRS])
     (spec if beta is None else spec.calibrated(CumPT(beta))).write(ctx.out)
 
 
@@ -74,8 +74,8 @@ def test_a_judge_answers_as_it_scores(tracking: ArtifactStore) -> None:
     )
     got = model.predict(rows)
     judge = ScoringJudge.load(tracking.path(ref))
-    pairs = [
-        (p.query, Product("x", p.product.title, price=v))
+    pairs = [  # other ids: to a model that is served no query is a training query
+        (Query("new", p.query.text), Product("x", p.product.title, price=v))
         for p, v in zip(PAIRS, rows["price"], strict=True)
     ]
     pairs = [

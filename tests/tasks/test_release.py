@@ -15,7 +15,7 @@ import pytest
 from models.errors import ArtifactError, ConfigError
 from models.evaluation.gate import GateConfig, Outcome
 from tasks import gate, registry, release
-from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
+from tasks.artifacts import TAG, ArtifactRef, ArtifactStore, open_client
 from tasks.evaluate import evaluate_judge, evaluate_retrieval
 from tasks.gate import compare, config_of, contender, record
 from tasks.lineage import find_artifact
@@ -242,7 +242,8 @@ def publisher(store_name: str, index: ArtifactRef) -> None:
 @contextmanager
 def breaking(step: str, error: type[BaseException]) -> Iterator[None]:
     """Inside, a move breaks just before `step`."""
-    client, aliases = artifacts().client, []
+    current, aliases = artifacts().settings, []
+    client = open_client(current.tracking_uri, current.home)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise error(step)
