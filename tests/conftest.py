@@ -61,7 +61,7 @@ def prefect_server() -> Iterator[None]:
     """One Prefect server for the session; ask for it only where a flow runs."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 
