@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from models.errors import ConfigError, RelearnError, explain
-from tasks.faults import databases_ready, sqlite_file, told
-from tasks.settings import masked, prepare_environment, settings
+from flows.cli_ablate import ablate
+from flows.console import Home, StoreName, console, guarded, prepare, say
+from models.errors import ConfigError, explain
+from tasks.faults import databases_ready, sqlite_file
+from tasks.settings import masked, settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,70 +24,12 @@ app = typer.Typer(
     help="Keep an e-commerce site's search relevance fresh: a thinking judge, and a retriever "
     "taught by it.\n\nStart with `relearn run`; everything it makes lies under --home.",
 )
-console = Console(width=None if sys.stdout.isatty() else 150)
-
-ablate = typer.Typer(
-    no_args_is_help=True,
-    help="Measure what each part of the method adds. Nothing is registered or promoted.",
-)
 app.add_typer(ablate, name="ablate")
-
-Home = Annotated[
-    Path | None,
-    typer.Option("--home", help="Folder for everything relearn writes. [default: .relearn]"),
-]
-StoreName = Annotated[
-    str, typer.Option("--store", help="Store name, as given to `relearn run`.", show_default=True)
-]
-
-
-class Terminated(SystemExit):
-    """SIGTERM, as an exception: what is open is closed on the way out."""
 
 
 def main() -> None:
     """Run the command line."""
     guarded(app)
-
-
-def guarded(body: Callable[[], object]) -> None:
-    """Call `body`; a user's mistake, a fault or SIGTERM is one line, not a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        body()
-    except Terminated:
-        _complain("Terminated", "stopped by SIGTERM; run the same command again and it goes on")
-        raise
-    except Exception as error:
-        known = error if isinstance(error, RelearnError) else told(error, settings())
-        if known is None:
-            raise
-        _complain(type(known).__name__, str(known))
-        sys.exit(2)
-
-
-def _terminate(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # the way out is not interrupted
-    raise Terminated(128 + number)
-
-
-def _complain(kind: str, text: str) -> None:
-    Console(stderr=True).print(f"[bold red]{kind}[/]: {escape(text)}", highlight=False)
-
-
-def _prepare(home: Path | None, data: Path | None = None, **extra: str) -> None:
-    if home is not None:
-        os.environ["RELEARN_HOME"] = str(home.expanduser().resolve())
-    if data is not None:
-        if not data.expanduser().is_dir():
-            raise ConfigError(explain(f"--data {data}", "a folder of source files", "fix the path"))
-        os.environ["RELEARN_DATA_DIR"] = str(data.expanduser().resolve())
-    os.environ.update(extra)
-    from tasks.services import use_running_servers
-
-    current = settings()
-    use_running_servers(current)
-    prepare_environment(current)
 
 
 @app.command()
@@ -127,7 +67,7 @@ def run(
 
         relearn run --recipe smoke --set judge.dpo.beta=0.2
     """
-    _prepare(home, data)
+    prepare(home, data)
     from flows.recipes import recipe as make_recipe
 
     config = make_recipe(recipe, store, changes or [])
@@ -208,7 +148,7 @@ def promote(
 
         relearn promote --force --reason "new labels, agreed with the search team"
     """
-    _prepare(home)
+    prepare(home)
     from flows.release import promote_candidates
     from flows.tables import registry_table
 
@@ -236,7 +176,7 @@ def rollback(
     `relearn search` uses the earlier index at once, with the refreshes it had when it was left;
     later ones have to be applied again, and a warning says how many.
     """
-    _prepare(home)
+    prepare(home)
     from flows.release import roll_back
 
     before, after = roll_back(store, to, reason)
@@ -250,7 +190,7 @@ def versions(store: StoreName = "synthetic", home: Home = None) -> None:
     A note says since when a version is or was champion, that it was withdrawn, or that it was made
     with something withdrawn. The index's version is the number that `relearn rollback --to` takes.
     """
-    _prepare(home)
+    prepare(home)
     from flows.release import list_versions
     from flows.tables import versions_table
 
@@ -270,7 +210,7 @@ def judge(
     Prints the grade (1 irrelevant .. 4 excellent, by the calibrated threshold), the four
     probabilities, and the tier a search page would show.
     """
-    _prepare(home)
+    prepare(home)
     from flows.serving import Champion
     from models.types import Product, Query
 
@@ -297,7 +237,7 @@ def score(
     Columns query and title are needed; description, brand, category, attributes and price are read
     where they are. Rows keep their order and every other column.
     """
-    _prepare(home)
+    prepare(home)
     from flows.serving import Champion, score_table
 
     rows = score_table(Champion.open(store), pairs, out)
@@ -327,7 +267,7 @@ def search(
 
         relearn search "trail shoes" --brand Acme --category "Sport > Shoes" --rerank 50
     """
-    _prepare(home)
+    prepare(home)
     from flows.serving import find_products
     from models.index.filters import Filters
 
@@ -360,7 +300,7 @@ def refresh(
     optional column `deleted` removes it. Only changed texts are embedded again. The new version is
     served once its recall has passed; until then, and after a crash, the old one is.
     """
-    _prepare(home, data)
+    prepare(home, data)
     databases_ready(settings())
     from flows.index import refresh_published
 
@@ -386,100 +326,11 @@ def evaluate(
     home: Home = None,
 ) -> None:
     """Measure the champion judge on any labelled tables (all their judgments, no split)."""
-    _prepare(home, data)
+    prepare(home, data)
     from flows.serving import Champion, evaluate_champion
     from flows.tables import judge_table
 
     console.print(judge_table(evaluate_champion(Champion.open(store), kind, data, max_pairs)))
-
-
-@ablate.command("judge")
-def ablate_judge(
-    recipe: Annotated[str, typer.Option(help="smoke, small or full, as for `relearn run`.")] = (
-        "small"
-    ),
-    store: Annotated[
-        str, typer.Option(help="synthetic, homedepot, chorus, esci, wands or tables (your own).")
-    ] = "synthetic",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with the store's files; synthetic needs none.")
-    ] = None,
-    seeds: Annotated[
-        str, typer.Option(help="Training seeds, with commas. Seed 0 is that of `relearn run`.")
-    ] = "0,1,2",
-    rows: Annotated[
-        str | None,
-        typer.Option(help="Rows by name, with commas (see --list-rows). [default: all]"),
-    ] = None,
-    home: Home = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one setting in every row. Repeatable."),
-    ] = None,
-    list_rows: Annotated[
-        bool,
-        typer.Option("--list-rows", help="Print what each row adds and its settings, and stop."),
-    ] = False,
-) -> None:
-    """Train and measure the judge with and without each of its parts, on held-out queries.
-
-    Rows: majority, zero-shot, a fine-tuned cross-encoder, SFT on grades alone, with the reasoning
-    first, with the grade first, then + probe, DPO, GRPO, dynamic sampling, rule-aware rewards and
-    guided replay, each on top of the row above. Every row is `relearn run` with a few settings
-    changed: stages that a run has made are not made again, and the other way round. Safe to
-    interrupt.
-
-    How rows are graded: the most likely of the four grades, without CumPT. The grade comes first in
-    all formats but think-then-respond, which decodes its own reasoning (greedy) and is graded at
-    the place where its grade is due. pass@k: 5 sampled responses a pair, right where the grade is.
-
-    Printed: means over seeds, 95 % intervals over queries (bootstrap), "± seeds" the standard
-    deviation over seeds, "gain" the macro-F1 above the row before it in the table. The MLflow run
-    of stage judge_ablation keeps ablation.json, .csv, .md and .png.
-
-    Examples:
-
-        relearn ablate judge --recipe smoke --seeds 0 --rows majority,label-only
-
-        relearn ablate judge --seeds 0,1,2
-
-        relearn ablate judge --rows dpo,grpo,sampling --set judge.grpo.steps=20
-    """
-    numbers = _seeds(seeds)
-    _prepare(home, data)
-    from flows import ablate as ablation
-    from flows.recipes import recipe as make_recipe
-    from flows.tables import ablation_rows_table, ablation_table, stage_table
-    from tasks.ablation import MARKDOWN
-    from tasks.artifacts import ArtifactStore
-
-    config = make_recipe(recipe, store, changes or [])
-    names = None if rows is None else tuple(name.strip() for name in rows.split(","))
-    chosen = ablation.chosen_rows(config, names)
-    if list_rows:
-        console.print(ablation_rows_table(chosen))
-        return
-    started = time.monotonic()
-    result = ablation.ablate_judge(config, numbers, names)
-    console.print(stage_table(result.reports))
-    console.print(ablation_table(result.records))
-    folder = ArtifactStore(settings()).path(result.table)
-    made = sum(not r.cached for r in result.reports)
-    console.print(
-        f"{len(result.reports)} stages, {made} made, {time.monotonic() - started:.0f} s in all.\n"
-        f"Markdown, CSV, JSON and plot: {folder}\n\n{(folder / MARKDOWN).read_text()}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        expected = "whole numbers with commas"
-        raise ConfigError(explain(f"--seeds {text}", expected, "write e.g. 0,1,2")) from None
 
 
 @app.command()
@@ -518,7 +369,7 @@ def monitor(
 
         relearn monitor --set monitor.cooldown_hours=72 --set monitor.query_mmd.reaction=none
     """
-    _prepare(home, data)
+    prepare(home, data)
     from flows.monitor import monitor as run_monitor
     from flows.recipes import recipe as make_recipe
     from flows.scheduled import Chain
@@ -532,7 +383,7 @@ def monitor(
     done = run_monitor(chain)
     console.print(monitor_table(done.report))
     for line in done.outcomes or ["all within their limits: nothing to run"]:
-        _say(line)
+        say(line)
     if done.report.over:
         raise typer.Exit(1)
 
@@ -543,7 +394,7 @@ def lineage(
     home: Home = None,
 ) -> None:
     """Show what an artifact was made from, down to the raw files."""
-    _prepare(home)
+    prepare(home)
     from tasks.lineage import lineage as tree
 
     console.print(tree(name))
@@ -568,7 +419,7 @@ def up(
     then on the schedules of infra/prefect.yaml run by themselves, until `relearn down`. What runs
     already is left as it is.
     """
-    _prepare(home)
+    prepare(home)
     databases_ready(settings())
     from tasks import services
     from tasks.artifacts import ArtifactStore
@@ -576,7 +427,7 @@ def up(
     if sqlite_file(settings().tracking_uri) is not None:
         # MLflow's server would make the tables too, but not whole or not at all
         ArtifactStore(settings()).client.search_experiments(max_results=1)
-    services.up(settings(), _say, port_prefect, port_mlflow, runs_at_once)
+    services.up(settings(), say, port_prefect, port_mlflow, runs_at_once)
     status(home)
 
 
@@ -587,11 +438,11 @@ def down(home: Home = None) -> None:
     Each gets SIGTERM, and SIGKILL where it does not end in time. Nothing else on the machine is
     touched. A flow run that is ended keeps its finished stages and checkpoints.
     """
-    _prepare(home)
+    prepare(home)
     from tasks import services
 
-    stopped = services.down(settings(), _say)
-    _say(f"{stopped} processes stopped" if stopped else "nothing was running")
+    stopped = services.down(settings(), say)
+    say(f"{stopped} processes stopped" if stopped else "nothing was running")
 
 
 @app.command()
@@ -600,7 +451,7 @@ def status(home: Home = None) -> None:
 
     Ends with exit code 1 unless all three run.
     """
-    _prepare(home)
+    prepare(home)
     from flows.tables import services_table
     from tasks import services
 
@@ -608,61 +459,6 @@ def status(home: Home = None) -> None:
     console.print(services_table(rows), soft_wrap=True)
     if any(row.state != services.RUNNING for row in rows):
         raise typer.Exit(1)
-
-
-@ablate.command("retriever")
-def ablate_retriever(
-    recipe: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
-    store: Annotated[
-        str, typer.Option(help="synthetic, homedepot, chorus, esci, wands or tables (your own).")
-    ] = "synthetic",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with the store's files; synthetic needs none.")
-    ] = None,
-    home: Home = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one setting, as in `relearn run`.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds of the retriever's stages.")] = "0,1,2",
-    rows: Annotated[
-        str, typer.Option(help="Rows by name, e.g. bm25,sft,rgrpo. [default: all]")
-    ] = "",
-) -> None:
-    """Measure the paper's rows and the rewards' ablations on the held-out queries.
-
-    Rows: random, bm25, base, sft, rgrpo_no_sft, ranking, dpo, rgrpo; rgrpo_relevance,
-    rgrpo_relevance_quality, rgrpo_weak_judge, rgrpo_no_anchor. Stages that an ordinary run with the
-    same settings has made are taken from the cache. Safe to interrupt: run it again.
-
-    Examples:
-
-        relearn ablate retriever
-
-        relearn ablate retriever --seeds 0 --rows sft,ranking,dpo,rgrpo
-    """
-    numbers = _seeds(seeds)
-    _prepare(home, data)
-    from flows import ablate_retriever as flow
-    from flows.recipes import recipe as make_recipe
-    from tasks.artifacts import ArtifactStore
-
-    config = make_recipe(recipe, store, changes or [])
-    names = [name.strip() for name in rows.split(",") if name.strip()] or list(flow.TITLES)
-    result = flow.ablate_retriever(config, numbers, names)
-    folder = ArtifactStore(settings()).path(result.table)
-    table, text = flow.read_report(folder)
-    console.print(flow.ablation_table(table, f"Retriever ablation, {config.name}"))
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-    made = sum(not r.cached for r in result.reports)
-    console.print(
-        f"{len(result.reports)} stages, {made} made. Table, markdown and plot: {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _not_blank(text: str, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from flows.cli import guarded
+from flows.console import guarded
 from models.sources import SyntheticSource
 from models.split import SplitConfig
 from tasks.faults import databases_ready

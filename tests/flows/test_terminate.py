@@ -16,7 +16,7 @@ from tasks.settings import Settings
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHILD = """
 import threading
-from flows.cli import guarded
+from flows.console import guarded
 from tasks.stage import pipeline, stage
 
 @stage(name="slow", kind="text")
@@ -35,7 +35,7 @@ guarded(body)
 IN_A_FLOW = """
 import threading
 from prefect.utilities.engine import capture_sigterm
-from flows.cli import guarded
+from flows.console import guarded
 
 def body():
     with capture_sigterm(), capture_sigterm():  # as Prefect has it in a flow, and in one inside
@@ -46,7 +46,7 @@ guarded(body)
 """
 FAILING = """
 import errno, sys
-from flows.cli import guarded
+from flows.console import guarded
 
 def body():
     if sys.argv[1] == "full":

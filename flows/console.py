@@ -1,0 +1,82 @@
+"""What every command of `relearn` shares: the terminal, options, the home, one-line errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from models.errors import ConfigError, RelearnError, explain
+from tasks.faults import told
+from tasks.settings import prepare_environment, settings
+
+console = Console(width=None if sys.stdout.isatty() else 150)
+
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", help="Folder for everything relearn writes. [default: .relearn]"),
+]
+StoreName = Annotated[
+    str, typer.Option("--store", help="Store name, as given to `relearn run`.", show_default=True)
+]
+
+
+class Terminated(SystemExit):
+    """SIGTERM, as an exception: what is open is closed on the way out."""
+
+
+def guarded(body: Callable[[], object]) -> None:
+    """Call `body`; a user's mistake, a fault or SIGTERM is one line, not a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        body()
+    except Terminated:
+        _complain("Terminated", "stopped by SIGTERM; run the same command again and it goes on")
+        raise
+    except Exception as error:
+        known = error if isinstance(error, RelearnError) else told(error, settings())
+        if known is None:
+            raise
+        _complain(type(known).__name__, str(known))
+        sys.exit(2)
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the way out is not interrupted
+    raise Terminated(128 + number)
+
+
+def _complain(kind: str, text: str) -> None:
+    Console(stderr=True).print(f"[bold red]{kind}[/]: {escape(text)}", highlight=False)
+
+
+def prepare(home: Path | None, data: Path | None = None, **extra: str) -> None:
+    """Point the environment at `home` and `data`, before any library reads it.
+
+    Raises:
+        ConfigError: `data` is no folder.
+    """
+    if home is not None:
+        os.environ["RELEARN_HOME"] = str(home.expanduser().resolve())
+    if data is not None:
+        if not data.expanduser().is_dir():
+            raise ConfigError(explain(f"--data {data}", "a folder of source files", "fix the path"))
+        os.environ["RELEARN_DATA_DIR"] = str(data.expanduser().resolve())
+    os.environ.update(extra)
+    from tasks.services import use_running_servers
+
+    current = settings()
+    use_running_servers(current)
+    prepare_environment(current)
+
+
+def say(line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
