@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import cli
+from flows import cli, cli_ablate, console
 from models.evaluation.gate import Decision, GateConfig, Outcome
 from models.store import Store
 from tasks import release
@@ -63,8 +63,9 @@ def relearn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def call(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["relearn", *map(str, arguments)])
-        monkeypatch.setattr(cli, "console", Console(width=150))
-        monkeypatch.setattr(cli, "Console", lambda **kw: Console(width=1000, **kw))
+        for module in (cli, cli_ablate, console):
+            monkeypatch.setattr(module, "console", Console(width=150))
+        monkeypatch.setattr(console, "Console", lambda **kw: Console(width=1000, **kw))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
