@@ -174,7 +174,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 max_refills=1,
                 responses_at_once=16,
             ),
-            calibration=CalibrationConfig(max_pairs=140),
+            calibration=CalibrationConfig(max_pairs=280),
             answers=AnswersConfig(max_pairs=160, reasoning_pairs=24, max_new_tokens=56),
         ),
         embedder=EmbedderConfig(
