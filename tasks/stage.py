@@ -494,7 +494,6 @@ class Stage:
             name=self.name,
             description=inspect.getdoc(self.body),
             task_run_name=self.name,
-            tags=[self.kind],
             version=self.code_version,
             retries=self.retries,
             retry_delay_seconds=self.retry_delay_s,

@@ -138,7 +138,7 @@ def see_prefect(browser: Any, url: str) -> None:
         "evaluate-retrieval-retrieval-report",
         f"gate-{STORE}",
     } <= set(artifacts)
-    look(browser, f"{url}/runs/flow-run/{run.id}", STORE, "Completed", "judge")
+    look(browser, f"{url}/runs/flow-run/{run.id}", STORE, "Completed")
     keep(browser, "prefect-run")
     report = artifacts["evaluate-judge-judge-report"]
     look(browser, f"{url}/artifacts/artifact/{report.id}", "macro_f1", "majority", "CoT SFT")

@@ -73,8 +73,9 @@ def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> 
         client.pause_automation(automation.id)
 
     again = relearn(home, "up")
-    assert "runs retrain-judge, switched off" in relearn(home, "up").stdout
     assert again.returncode == 0 and again.stdout.count("already running") == 3
+    assert relearn(home, "down").returncode == 0
+    assert "runs retrain-judge, switched off" in relearn(home, "up", *ports).stdout
 
     stopped = relearn(home, "down")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
