@@ -157,4 +157,4 @@ def see_mlflow(browser: Any, home: Path, url: str) -> None:
     keep(browser, "mlflow-run")
     look(browser, f"{url}/#/models/{STORE}-judge", f"{STORE}-judge", "champion", "Version 1")
     keep(browser, "mlflow-champion")
-    look(browser, f"{url}/#/models/{STORE}-judge/versions/1", "champion", "title", "tier")
+    look(browser, f"{url}/#/models/{STORE}-judge/versions/1", "champion", "Version 1")
