@@ -19,8 +19,8 @@ from rich.table import Table
 
 from flows.data import prepare_data
 from flows.embedder import base_encoder
-from flows.judge import train_judge
-from flows.recipes import EmbedderConfig, JudgeConfig, PipelineConfig
+from flows.judge import JudgeStages, train_judge
+from flows.recipes import EmbedderConfig, PipelineConfig
 from models.embedder.config import (
     ContrastiveConfig,
     HardNegativeConfig,
@@ -29,9 +29,7 @@ from models.embedder.config import (
 )
 from models.errors import ConfigError, explain
 from models.evaluation.retriever_report import COSTS, cell, columns, cost, difference
-from models.rules.base import load_rules
 from tasks.artifacts import ArtifactRef
-from tasks.base import TINY, base_content, base_model
 from tasks.embedder import (
     RewardsConfig,
     embedder_hard,
@@ -40,7 +38,6 @@ from tasks.embedder import (
     embedder_sft,
     index_catalogue,
 )
-from tasks.judge import judge_calibrated, judge_cot_sft, judge_prompt, judge_teacher
 from tasks.retriever_ablation import Channel, retriever_ablation, retriever_row
 from tasks.stage import StageReport, pipeline
 
@@ -172,7 +169,8 @@ class _Lab:
         if "full" in asked:
             self.judges["full"] = train_judge(config.judge, store).judge
         if "weak" in asked:
-            self.judges["weak"] = sft_only_judge(config.judge, store)
+            stages = JudgeStages(config.judge, store)
+            self.judges["weak"] = stages.calibrated(stages.sft)
         self.lexical = self._measure("bm25", None, None, 0)
 
     def row(self, plan: RowPlan, seed: int) -> tuple[ArtifactRef, list[ArtifactRef]]:
@@ -225,32 +223,6 @@ class _Lab:
             lexical=None if channel == "bm25" else self.lexical,
             judge=self.judges.get("full"),
         )
-
-
-def sft_only_judge(config: JudgeConfig, store: ArtifactRef) -> ArtifactRef:
-    """The weaker judge: CoT SFT and CumPT, without DPO and GRPO; call it inside a flow."""
-    rules = load_rules(config.prompt.rules).version
-    base = base_model(
-        name=config.base,
-        role="judge",
-        content=base_content(config.base),
-        store=store if config.base == TINY else None,
-    )
-    teacher = judge_teacher(
-        config=config.teacher,
-        draw=config.sft.draw,
-        rule_base=config.prompt.rules,
-        rules=rules,
-        store=store,
-    )
-    sft = judge_cot_sft(
-        config=config.sft,
-        base=base,
-        prompt=judge_prompt(prompt=config.prompt, rules=rules, store=store),
-        teacher=teacher,
-        store=store,
-    )
-    return judge_calibrated(config=config.calibration, judge=sft, store=store)
 
 
 def ablation_table(rows: Sequence[dict[str, Any]], title: str) -> Table:

@@ -107,6 +107,12 @@ class JudgeStages:
         """The judge after GRPO."""
         return self.call(judge_grpo, config=self.config.grpo, judge=self.dpo, store=self.store)
 
+    def calibrated(self, judge: ArtifactRef) -> ArtifactRef:
+        """`judge` with a CumPT reading: a finished judge, which others may use."""
+        return self.call(
+            judge_calibrated, config=self.config.calibration, judge=judge, store=self.store
+        )
+
     def answers(self, judge: ArtifactRef) -> ArtifactRef:
         """What `judge` says of the held-out pairs."""
         return self.call(
@@ -145,7 +151,7 @@ def train_judge(config: JudgeConfig, store: ArtifactRef) -> JudgeResult:
         "+ DPO": stages.dpo,
         "+ GRPO": stages.grpo,
     }
-    judge = judge_calibrated(config=config.calibration, judge=stages.grpo, store=store)
+    judge = stages.calibrated(stages.grpo)
     answers = {name: stages.answers(model) for name, model in rows.items()}
     evaluation = evaluate_judge(answers=answers, judge=judge, store=store)
     return JudgeResult(judge=judge, evaluation=evaluation)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +12,7 @@ from models.judge.config import CrossEncoderConfig, SamplesConfig
 from models.teacher.response import Order
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
+from tasks.evaluate import read_table
 from tasks.ingest import open_store
 from tasks.judge import AnswersConfig, answer_rows, sample_pairs
 from tasks.stage import StageContext, stage
@@ -157,7 +157,7 @@ def judge_ablation(
     from models.evaluation.judge import majority_grade
 
     def read(refs: Mapping[str, ArtifactRef], key: str, file: str) -> Any:
-        return _read_json(ctx.open(refs[key]) / file) if key in refs else []
+        return read_table(ctx.open(refs[key]), file) if key in refs else []
 
     rows = []
     for row in config.rows:
@@ -183,7 +183,3 @@ def judge_ablation(
     ctx.figure("judge-ablation", plot)
     key_of = {row.title: row.key for row in config.rows}
     return {f"{key_of.get(r['judge'], r['judge'])}/{r['metric']}": r["mean"] for r in records}
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

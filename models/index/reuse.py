@@ -61,7 +61,9 @@ def vectors_of(
     """
     same = [known.get(row["product_id"]) for row in rows]
     pairs = list(zip(rows, same, strict=True))
-    fresh = [i for i, (row, old) in enumerate(pairs) if not old or old[0] != row["text_hash"]]
+    fresh = [
+        i for i, (row, old) in enumerate(pairs) if not old or old.text_hash != row["text_hash"]
+    ]
     if not fresh:
         return np.array([old.vector_D for old in same if old], np.float32), 0
     fresh_FD = encode([rows[i]["text"] for i in fresh])
