@@ -30,7 +30,7 @@ from tasks.artifacts import ArtifactRef
 from tasks.evaluate import read_table
 from tasks.stage import StageReport, current_settings, pipeline
 
-Made = Literal["majority", "base", "cross_encoder", "sft", "dpo", "grpo"]
+Made = Literal["majority", "base", "cross_encoder", "sft", "probed", "dpo", "grpo"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class JudgeRow:
         return with_settings(config, self.settings)
 
 
-_NO_PROBE = "judge.sft.probe=null"
+_NO_PROBE = "judge.probe=null"
 _RESPOND = "judge.prompt.order=respond_then_think"
 _NO_REPLAY = "judge.grpo.replay=null"
 _OUTCOME = "judge.grpo.reward.shaped=false"
@@ -97,7 +97,7 @@ def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
             "the same reasoning after the grade (post-CoT)",
             (_RESPOND, _NO_PROBE),
         ),
-        JudgeRow("probe", "+ grade probe", "sft", "grade rows fitted after SFT", (_RESPOND,)),
+        JudgeRow("probe", "+ grade probe", "probed", "grade rows fitted after SFT", (_RESPOND,)),
         JudgeRow("dpo", "+ DPO", "dpo", "DPO on the judge's own mistakes", (_RESPOND,)),
         JudgeRow(
             "grpo",
@@ -128,7 +128,7 @@ def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
             (*shaped, *replay),
         ),
     ]
-    return tuple(r for r in rows if r.key != "probe" or config.judge.sft.probe is not None)
+    return tuple(r for r in rows if r.key != "probe" or config.judge.probe is not None)
 
 
 def chosen_rows(config: PipelineConfig, keys: Sequence[str] | None) -> tuple[JudgeRow, ...]:
@@ -237,6 +237,7 @@ def _table(
 _MAKE: dict[str, Callable[[JudgeStages], ArtifactRef]] = {
     "base": lambda stages: stages.base,
     "sft": lambda stages: stages.sft,
+    "probed": lambda stages: stages.probed,
     "dpo": lambda stages: stages.dpo,
     "grpo": lambda stages: stages.grpo,
 }

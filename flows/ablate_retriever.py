@@ -170,7 +170,7 @@ class _Lab:
             self.judges["full"] = train_judge(config.judge, store).judge
         if "weak" in asked:
             stages = JudgeStages(config.judge, store)
-            self.judges["weak"] = stages.calibrated(stages.sft)
+            self.judges["weak"] = stages.calibrated(stages.probed)
         self.lexical = self._measure("bm25", None, None, 0)
 
     def row(self, plan: RowPlan, seed: int) -> tuple[ArtifactRef, list[ArtifactRef]]:

@@ -1,4 +1,4 @@
-"""The thinking relevance judge: CoT SFT -> pass@N -> DPO -> GRPO -> CumPT [TaoSR1]."""
+"""The thinking relevance judge: CoT SFT -> probe -> pass@N -> DPO -> GRPO -> CumPT [TaoSR1]."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tasks.judge import (
     judge_dpo,
     judge_grpo,
     judge_pass_at_n,
+    judge_probe,
     judge_prompt,
     judge_teacher,
 )
@@ -85,19 +86,32 @@ class JudgeStages:
         )
 
     @functools.cached_property
+    def probed(self) -> ArtifactRef:
+        """The judge after SFT and, if it has one, the grade probe."""
+        if self.config.probe is None:
+            return self.sft
+        return self.call(
+            judge_probe,
+            config=self.config.probe,
+            trained_on=self.config.sft.draw,
+            judge=self.sft,
+            store=self.store,
+        )
+
+    @functools.cached_property
     def dpo(self) -> ArtifactRef:
         """The judge after DPO on its own mistakes."""
         preferences = self.call(
             judge_pass_at_n,
             config=self.config.pass_at_n,
-            judge=self.sft,
+            judge=self.probed,
             teacher=self.teacher,
             store=self.store,
         )
         return self.call(
             judge_dpo,
             config=self.config.dpo,
-            judge=self.sft,
+            judge=self.probed,
             preferences=preferences,
             store=self.store,
         )
@@ -147,7 +161,7 @@ def train_judge(config: JudgeConfig, store: ArtifactRef) -> JudgeResult:
     stages = JudgeStages(config, store)
     rows = {
         "zero-shot": stages.base,
-        "CoT SFT": stages.sft,
+        "CoT SFT": stages.probed,
         "+ DPO": stages.dpo,
         "+ GRPO": stages.grpo,
     }

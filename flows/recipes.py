@@ -80,6 +80,8 @@ class JudgeConfig(_Config):
     teacher: TeacherConfig = TemplateTeacher()
     """Who writes the reasoning that SFT learns: the offline template, or a chat endpoint."""
     sft: SftConfig = SftConfig()
+    probe: ProbeConfig | None = None
+    """Fit the grade rows after SFT; None, the paper, leaves them as they are."""
     pass_at_n: PassAtNConfig = PassAtNConfig()
     dpo: DpoConfig = DpoConfig()
     grpo: GrpoConfig = GrpoConfig()
@@ -89,8 +91,8 @@ class JudgeConfig(_Config):
     @model_validator(mode="after")
     def _grade_comes_first(self) -> JudgeConfig:
         thinks_first = self.prompt.order == "think_then_respond"
-        if thinks_first and (self.sft.cot_share < 1 or self.sft.probe is not None):
-            raise ValueError("think_then_respond needs sft.cot_share=1 and sft.probe=null")
+        if thinks_first and (self.sft.cot_share < 1 or self.probe is not None):
+            raise ValueError("think_then_respond needs sft.cot_share=1 and probe=null")
         return self
 
 
@@ -141,12 +143,12 @@ def _prompt(store: str) -> PromptConfig:
 def small(store: str = "synthetic") -> PipelineConfig:
     """SmolLM2-135M-Instruct and all-MiniLM-L6-v2 on two CPU cores: a coffee break.
 
-    Labels that people gave are noisier than generated ones: other stores probe twice the pairs.
+    Labels that people gave are noisier than generated ones: other stores probe three times as many.
     """
     top = OptimiserConfig(lr=2.5e-4, train_layers=10, checkpoint_every=25)
     # ten steps at 2e-5 moved the features away from under the grade rows (infra/LOG.md)
     gentle = top.model_copy(update={"lr": 5e-6, "schedule": "constant_with_warmup"})
-    sft_pairs, probe_pairs = 400, 400 if store == "synthetic" else 800
+    sft_pairs, probe_pairs = 400, 400 if store == "synthetic" else 1200
     return PipelineConfig(
         name=store,
         data=DataConfig(source=_source(store)),
@@ -158,10 +160,10 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 max_pairs=sft_pairs,
                 grade_share=0.25,
                 verdict_share=0.3,
-                probe=ProbeConfig(max_pairs=probe_pairs),
                 micro_batch=8,
                 accumulate=1,
             ),
+            probe=ProbeConfig(max_pairs=probe_pairs),
             pass_at_n=PassAtNConfig(prompts=32, samples=4, max_new_tokens=56),
             dpo=DpoConfig(optimiser=gentle, micro_batch=6, accumulate=1),
             grpo=GrpoConfig(
@@ -218,8 +220,8 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
                 max_pairs=400,
                 epochs=4,
                 grade_share=None,
-                probe=ProbeConfig(max_pairs=64),
             ),
+            probe=ProbeConfig(max_pairs=64),
             pass_at_n=PassAtNConfig(prompts=24, samples=4, max_new_tokens=96),
             dpo=DpoConfig(optimiser=gentle),
             grpo=GrpoConfig(

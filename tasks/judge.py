@@ -1,4 +1,4 @@
-"""The judge's stages: CoT SFT -> pass@N -> DPO -> GRPO -> CumPT, and their test answers."""
+"""The judge's stages, CoT SFT -> probe -> pass@N -> DPO -> GRPO -> CumPT, and test answers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from models.judge.config import (
     DrawConfig,
     GrpoConfig,
     PassAtNConfig,
+    ProbeConfig,
     PromptConfig,
     SftConfig,
 )
@@ -46,7 +47,7 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="4")
+@stage(name="judge_prompt", kind="judge", code_version="5")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format, the training queries' kinds and the catalogue's word weights.
 
@@ -89,7 +90,7 @@ def judge_teacher(
     )
 
 
-@stage(name="judge_cot_sft", kind="judge", code_version="3")
+@stage(name="judge_cot_sft", kind="judge", code_version="4")
 def judge_cot_sft(
     ctx: StageContext,
     config: SftConfig,
@@ -114,6 +115,33 @@ def judge_cot_sft(
         ctx.sink,
         ctx.settings.torch_device,
         read_responses(ctx.open(teacher), spec.prompt.order),
+    )
+
+
+@stage(name="judge_probe", kind="judge", code_version="1")
+def judge_probe(
+    ctx: StageContext,
+    config: ProbeConfig,
+    trained_on: DrawConfig,
+    judge: ArtifactRef,
+    store: ArtifactRef,
+) -> Mapping[str, float]:
+    """The judge with its grade rows fitted to its features, on pairs new to it first.
+
+    trained_on: what SFT drew.
+    """
+    from models.judge.probe import train_probe
+    from models.judge.spec import JudgeSpec
+
+    folder = ctx.open(judge)
+    return train_probe(
+        str(folder),
+        JudgeSpec.read(folder),
+        open_store(ctx, store).pairs("train"),
+        trained_on,
+        config,
+        ctx.out,
+        ctx.settings.torch_device,
     )
 
 

@@ -30,6 +30,14 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["RELEARN_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_everywhere() -> Iterator[None]:
+    """bf16 where the processor has it would make a test's numbers depend on the machine."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("models.lm.precision.has_bf16", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables, to copy: making one takes seconds."""

@@ -113,15 +113,15 @@ class OptimiserConfig(BaseModel):
 
 
 class ProbeConfig(BaseModel):
-    """Linear probe that puts the grade rows of the output layer where the features are (ours)."""
+    """Linear probe after SFT: grade rows of the output layer where the features now are (ours)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_pairs: int = Field(1000, ge=1)
     """Training pairs read once, class-balanced; those that SFT did not train on come first."""
-    l2: float = Field(1e-2, ge=0)
+    l2: float = Field(1e-3, ge=0)
     """Weight of the squared norm of the probe, its features scaled to a mean square of one."""
-    quiet: float = Field(0.1, ge=0)
+    quiet: float = Field(0.03, ge=0)
     """Weight of the mean squared logit that the moved rows add where no grade is due."""
 
 
@@ -156,8 +156,6 @@ class SftConfig(BaseModel):
     """Weight of the verdict words' mean (match, yes, no, the decision). The other step tokens,
     mostly copied from the prompt, have what is left. A plain mean gives the verdicts an eighth of
     the steps' gradient. Ours."""
-    probe: ProbeConfig | None = None
-    """Fit the grade rows after the last step; None, the paper, leaves them as they are."""
     micro_batch: int = Field(16, ge=1)
     """Pairs in one forward."""
     accumulate: int = Field(2, ge=1)

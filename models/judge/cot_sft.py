@@ -8,15 +8,13 @@ Departures from the paper:
    that is served 1/40 of the gradient. `grade_share=None` is the plain mean.
 2. `cot_share` of the pairs carry the steps, the others the grade alone: more labels in the same
    seconds on a small machine. 1.0 is the paper.
-3. The grade rows may be fitted after the last step (models/judge/probe.py).
-4. Pairs are drawn class-balanced up to `balance`, and batched by query so that prefixes are shared.
+3. Pairs are drawn class-balanced up to `balance`, and batched by query so that prefixes are shared.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +23,9 @@ import torch
 
 from models.errors import ConfigError, explain
 from models.judge.config import DrawConfig, SftConfig
-from models.judge.probe import fit_grade_rows
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
-from models.judge.trainer import JudgeTrainer, make_trainable, merged, save_whole
+from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
@@ -160,13 +157,12 @@ def train_cot_sft(
         counts: pairs used, tokens computed, share of tokens saved by the shared prefix.
 
     Raises:
-        ConfigError: grade-only pairs or a probe for a judge that thinks first.
+        ConfigError: grade-only pairs for a judge that thinks first.
         DivergenceError: the loss stopped being finite.
     """
-    if spec.prompt.order == "think_then_respond" and (config.cot_share < 1 or config.probe):
-        got = f"cot_share={config.cot_share}, probe={config.probe} with think_then_respond"
-        expected = "cot_share=1 and no probe: its grade comes after the steps"
-        raise ConfigError(explain(got, expected, "set them"))
+    if spec.prompt.order == "think_then_respond" and config.cot_share < 1:
+        got = f"cot_share={config.cot_share} with think_then_respond"
+        raise ConfigError(explain(got, "1: its grade comes after the steps", "set it"))
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
     encoder = PromptEncoder(tokenizer, spec)
@@ -200,31 +196,9 @@ def train_cot_sft(
         sink=sink,
     )
     trainer.run()
-    counts = {"pairs": len(chosen), "tokens": tokens, "shared_token_share": 1 - tokens / plain}
-    if config.probe is not None:
-        model = SharedPrefixLM(merged(model.lm), bf16=config.optimiser.bf16)
-        probed = _fresh_first(pairs, chosen, config.probe.max_pairs, rng)
-        counts |= fit_grade_rows(model, encoder, probed, config.probe)
-        trained = {p.key for p in chosen}
-        counts["probe/fresh"] = sum(p.key not in trained for p in probed)
     save_whole(model.lm, tokenizer, out)
     spec.write(out)
-    return counts
-
-
-def _fresh_first(
-    pairs: Sequence[Pair], trained: Sequence[Pair], count: int, rng: random.Random
-) -> list[Pair]:
-    """Up to `count` class-balanced pairs, of each grade those that SFT did not train on first."""
-    seen = {p.key for p in trained}
-    quota = Counter(p.grade for p in draw_pairs(pairs, count, 1.0, rng))
-    shuffled = sorted(rng.sample(pairs, len(pairs)), key=lambda p: p.key in seen)
-    chosen = []
-    for pair in shuffled:
-        if quota[pair.grade] > 0:
-            quota[pair.grade] -= 1
-            chosen.append(pair)
-    return chosen
+    return {"pairs": len(chosen), "tokens": tokens, "shared_token_share": 1 - tokens / plain}
 
 
 def _epoch(

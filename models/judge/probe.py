@@ -1,7 +1,7 @@
-"""A linear probe on the finished features: the last step of SFT for a small judge.
+"""A linear probe on the finished features: what a small judge needs after SFT.
 
-Consumes a fine-tuned LM and labelled pairs, best those it was not trained on -> produces the LM
-with an output layer of its own, in which the four grade rows are moved by what the probe learned.
+Consumes a fine-tuned judge and labelled pairs, first those it was not trained on -> produces the
+judge with an output layer of its own, in which the four grade rows are moved by what was learned.
 
 Ours. Gradient steps that teach a small model to reason move the features under the grade rows
 faster than they move the rows, and grades suffer; one forward pass over fresh pairs and a convex
@@ -14,22 +14,79 @@ Tensor legend: N pairs, D hidden size, L grades.
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from models.errors import DivergenceError, explain
-from models.judge.config import ProbeConfig
+from models.errors import ConfigError, DivergenceError, explain
+from models.judge.config import DrawConfig, ProbeConfig
+from models.judge.cot_sft import draw_examples, draw_pairs
 from models.judge.prompt import PromptEncoder
+from models.judge.spec import JudgeSpec
+from models.judge.trainer import save_whole
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
+from models.lm.weights import load_lm
 from models.types import Pair
 
 ROWS_AT_ONCE = 48
 """Prompts in one forward, as in scoring."""
 MAX_ITERATIONS = 200
 """A bound only: the problem is convex and LBFGS stops by itself."""
+
+
+def train_probe(
+    base: str,
+    spec: JudgeSpec,
+    pairs: Sequence[Pair],
+    trained_on: DrawConfig,
+    config: ProbeConfig,
+    out: Path,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Fit the grade rows of the judge in `base`; writes a transformers folder to `out`.
+
+    Args:
+        pairs: training pairs, any order.
+        trained_on: what SFT drew of them.
+
+    Raises:
+        ConfigError: a judge that thinks first: its grade comes after the steps.
+        DivergenceError: features that are not finite.
+    """
+    if spec.prompt.order == "think_then_respond":
+        got = "a probe for think_then_respond"
+        raise ConfigError(explain(got, "a grade that comes first", "set judge.probe=null"))
+    rng = random.Random(trained_on.seed)
+    trained, _ = draw_examples(pairs, trained_on, rng)
+    probed = fresh_first(pairs, trained, config.max_pairs, rng)
+    lm, tokenizer = load_lm(base, device=device)
+    counts = fit_grade_rows(
+        SharedPrefixLM(lm, bf16=True), PromptEncoder(tokenizer, spec), probed, config
+    )
+    save_whole(lm, tokenizer, out)
+    spec.write(out)
+    seen = {p.key for p in trained}
+    return counts | {"probe/fresh": sum(p.key not in seen for p in probed)}
+
+
+def fresh_first(
+    pairs: Sequence[Pair], trained: Sequence[Pair], count: int, rng: random.Random
+) -> list[Pair]:
+    """Up to `count` class-balanced pairs, of each grade those that SFT did not train on first."""
+    seen = {p.key for p in trained}
+    quota = Counter(p.grade for p in draw_pairs(pairs, count, 1.0, rng))
+    shuffled = sorted(rng.sample(pairs, len(pairs)), key=lambda p: p.key in seen)
+    chosen = []
+    for pair in shuffled:
+        if quota[pair.grade] > 0:
+            quota[pair.grade] -= 1
+            chosen.append(pair)
+    return chosen
 
 
 def fit_grade_rows(
@@ -128,7 +185,7 @@ def fit_probe(
     delta_LD = delta_LD - delta_LD.mean(0)
     if not (math.isfinite(after) and bool(torch.isfinite(delta_LD).all())):
         got = f"a probe that is not finite, {metrics}"
-        do = "lower SFT's learning rate, or set sft.probe=null"
+        do = "lower SFT's learning rate, or set judge.probe=null"
         raise DivergenceError(explain(got, "finite rows", do))
     return delta_LD.float().to(device), metrics
 

@@ -7,6 +7,7 @@ shared node is exact.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -48,7 +49,7 @@ class PairText:
             return text, ""
         spec = self.spec
         evidence = gather(query, product, spec.kinds, spec.weights)
-        estimate = None if spec.estimate is None else spec.estimate(query, evidence)
+        estimate = None if spec.estimate is None else spec.estimate(query, product, evidence)
         return f"{text}\n{evidence.lines()}".rstrip("\n"), evidence.summary(estimate)
 
 
@@ -70,7 +71,7 @@ class PromptEncoder:
         system = f"Grade how well an item answers a search query.\n{rules}"
         self.root: Segment = self.segment(self._open + system + self._middle)
 
-    @property
+    @functools.cached_property
     def version(self) -> str:
         """Identity of everything here but the tokenizer: rules, prompt config, what was learned."""
         learned = (self.spec.kinds, self.spec.weights, self.spec.estimate)

@@ -27,9 +27,9 @@ _BEGUN = re.compile(
 )
 """What tasks/stage.py logs of a stage, found or begun."""
 STAGES = frozenset(
-    "ingest validate base_model judge_prompt judge_teacher judge_cot_sft judge_pass_at_n judge_dpo "
-    "judge_grpo judge judge_answers evaluate_judge embedder_sft embedder_rgrpo index "
-    "evaluate_retrieval".split()
+    "ingest validate base_model judge_prompt judge_teacher judge_cot_sft judge_probe "
+    "judge_pass_at_n judge_dpo judge_grpo judge judge_answers evaluate_judge embedder_sft "
+    "embedder_rgrpo index evaluate_retrieval".split()
 )
 
 

@@ -33,14 +33,14 @@ def changed(before: PipelineConfig, after: PipelineConfig) -> set[str]:
     """Paths that differ, those below an optional part by the part's name."""
     old, new = flat(before.model_dump()), flat(after.model_dump())
     differ = {k for k in old.keys() | new.keys() if old.get(k, "?") != new.get(k, "?")}
-    optional = ("judge.sft.probe", "judge.grpo.replay")
+    optional = ("judge.probe", "judge.grpo.replay")
     return {next((o for o in optional if k.startswith(o)), k) for k in differ}
 
 
 ADDED = {
     ("label-only", "think-first"): {"judge.prompt.order"},
     ("think-first", "respond-first"): {"judge.prompt.order"},
-    ("respond-first", "probe"): {"judge.sft.probe"},
+    ("respond-first", "probe"): {"judge.probe"},
     ("probe", "dpo"): set(),
     ("grpo", "sampling"): {
         "judge.grpo.max_refills",
@@ -105,7 +105,7 @@ def test_rows_are_chosen_by_name_in_the_tables_order() -> None:
     config = recipe("smoke", "synthetic")
     assert [r.key for r in chosen_rows(config, ["dpo", "majority"])] == ["majority", "dpo"]
     assert len(chosen_rows(config, None)) == len(KEYS)
-    bare = recipe("smoke", "synthetic", ["judge.sft.probe=null"])
+    bare = recipe("smoke", "synthetic", ["judge.probe=null"])
     assert "probe" not in [r.key for r in chosen_rows(bare, None)]
     for wrong in (["dqo"], ["majority"], []):
         with pytest.raises(ConfigError, match="some of majority, zero-shot"):
@@ -123,7 +123,7 @@ def test_the_table_shares_its_stages_with_the_run(chain: Chain) -> None:
     new = {"judge_cross_encoder", "cross_encoder_answers", "judge_samples", "judge_ablation"}
     assert made == new
     shared = {r.ref.name for r in result.reports if r.ref.fingerprint in of_run}
-    assert shared >= {"judge_cot_sft", "judge_answers", "judge_prompt", "judge_teacher"}
+    assert shared >= {"judge_teacher", "judge_cot_sft", "judge_probe", "judge_answers"}
     names = [r.ref.fingerprint for r in result.reports]
     assert len(names) == len(set(names)), "a stage is called once"
     judges = list(dict.fromkeys(r["judge"] for r in result.records))

@@ -131,6 +131,7 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
         "judge_prompt": 1,
         "judge_teacher": 1,
         "judge_cot_sft": 1,
+        "judge_probe": 1,
         "judge": 1,
         "embedder_sft": 2,
         "embedder_negatives": 2,

@@ -29,6 +29,7 @@ STAGES = {
     "judge_prompt": 1,
     "judge_teacher": 1,
     "judge_cot_sft": 1,
+    "judge_probe": 1,
     "judge_pass_at_n": 1,
     "judge_dpo": 1,
     "judge_grpo": 1,

@@ -29,7 +29,6 @@ from models.judge.config import (
     OptimiserConfig,
     PassAtNConfig,
     PoolConfig,
-    ProbeConfig,
     PromptConfig,
     SftConfig,
 )
@@ -193,43 +192,20 @@ def test_sft_killed_and_resumed_equals_straight(
     assert largest_gap(folder / "out", tmp_path / "out") < 1e-6
 
 
-def test_sft_killed_inside_the_probe_and_resumed_equals_straight(
-    base: str, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = SFT.model_copy(update={"probe": ProbeConfig(max_pairs=16)})
-    counts = {}
-    for name in ("straight", "killed"):
-        with monkeypatch.context() as patched:
-            if name == "killed":
-                patched.setattr("models.judge.cot_sft.fit_grade_rows", killed)
-                with pytest.raises(Killed):
-                    train(base, pairs, config, tmp_path / name)
-        counts[name] = train(base, pairs, config, tmp_path / name)
-    assert counts["straight"] == counts["killed"]
-    assert counts["straight"]["probe/pairs"] == 16
-    assert counts["straight"]["probe/nll_after"] < counts["straight"]["probe/nll_before"]
-    assert largest_gap(tmp_path / "straight" / "out", tmp_path / "killed" / "out") == 0
-    assert "lm_head.weight" in weights(tmp_path / "straight" / "out")
-
-
 def test_adapters_start_from_the_configs_seed_alone(
     base: str, pairs: list[Pair], tmp_path: Path
 ) -> None:
     lora = STEP.model_copy(update={"lora": LoraSettings(r=2)})
-    config = SFT.model_copy(update={"optimiser": lora, "probe": ProbeConfig(max_pairs=16)})
+    config = SFT.model_copy(update={"optimiser": lora})
     for name in ("a", "b"):
         torch.rand(3 if name == "a" else 5)
         train(base, pairs, config, tmp_path / name)
     assert largest_gap(tmp_path / "a" / "out", tmp_path / "b" / "out") == 0
 
 
-def killed(*_: object) -> None:
-    raise Killed
-
-
-def train(base: str, pairs: list[Pair], config: SftConfig, folder: Path) -> dict[str, float]:
-    """SFT in `folder`; what it counted."""
-    return train_cot_sft(base, SPEC, pairs, config, folder / "out", folder / "scratch", NullSink())
+def train(base: str, pairs: list[Pair], config: SftConfig, folder: Path) -> None:
+    """SFT in `folder`."""
+    train_cot_sft(base, SPEC, pairs, config, folder / "out", folder / "scratch", NullSink())
 
 
 def test_sft_with_adapters_resumes_too(base: str, pairs: list[Pair], tmp_path: Path) -> None:

@@ -10,10 +10,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from models.errors import DivergenceError
-from models.judge.config import ProbeConfig, PromptConfig
-from models.judge.cot_sft import _fresh_first
-from models.judge.probe import answer_states, fit_grade_rows, fit_probe, untie_head
+from models.errors import ConfigError, DivergenceError
+from models.judge.config import DrawConfig, ProbeConfig, PromptConfig
+from models.judge.probe import (
+    answer_states,
+    fit_grade_rows,
+    fit_probe,
+    fresh_first,
+    train_probe,
+    untie_head,
+)
 from models.judge.prompt import PromptEncoder
 from models.judge.scoring import ScoringJudge
 from models.judge.spec import JudgeSpec
@@ -123,18 +129,44 @@ def test_the_probed_judge_knows_its_pairs_better_than_the_base(
     assert nll(model, encoder) < 0.8 * start
 
 
+def test_a_probed_folder_is_a_judge_read_by_its_own_spec(
+    base: str, pairs: list[Pair], tmp_path: Path
+) -> None:
+    """SFT took 24 of 40 pairs: the probe's 32 are the 16 new ones and as few others as must be."""
+    drawn = DrawConfig(max_pairs=24, epochs=1, balance=1.0, cot_share=1.0, seed=3)
+    config = ProbeConfig(max_pairs=32)
+    counts = train_probe(base, SPEC, pairs, drawn, config, tmp_path / "out")
+    assert counts["probe/pairs"] == 32 and counts["probe/fresh"] == 16
+    assert counts["probe/nll_after"] < counts["probe/nll_before"]
+    asked = [(p.query, p.product) for p in pairs]
+    p_NL = ScoringJudge.load(tmp_path / "out").score(asked)
+    assert abs(p_NL - ScoringJudge(*opened(base)).score(asked)).max() > 0.01
+    train_probe(base, SPEC, pairs, drawn, config, tmp_path / "again")
+    assert (ScoringJudge.load(tmp_path / "again").score(asked) == p_NL).all()
+
+
+def test_a_judge_that_thinks_first_has_no_probe(
+    base: str, pairs: list[Pair], tmp_path: Path
+) -> None:
+    spec = JudgeSpec(PromptConfig(order="think_then_respond"))
+    drawn = DrawConfig(max_pairs=24, epochs=1, balance=1.0, cot_share=1.0, seed=3)
+    with pytest.raises(ConfigError, match=r"set judge\.probe=null"):
+        train_probe(base, spec, pairs, drawn, ProbeConfig(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_probe_reads_pairs_that_sft_did_not_train_on_first(pairs: list[Pair]) -> None:
     trained, fresh = pairs[:32], {p.key for p in pairs[32:]}
-    few = _fresh_first(pairs, trained, 8, random.Random(0))
+    few = fresh_first(pairs, trained, 8, random.Random(0))
     assert {p.key for p in few} == fresh
-    many = _fresh_first(pairs, trained, 20, random.Random(0))
+    many = fresh_first(pairs, trained, 20, random.Random(0))
     assert fresh < {p.key for p in many} and len({p.key for p in many}) == 20
 
 
 def test_a_grade_that_sft_used_up_is_still_probed(pairs: list[Pair]) -> None:
     """Grades in turn; SFT has taken every pair of grade 2."""
     trained = [p for p in pairs if p.grade == 2]
-    probed = _fresh_first(pairs, trained, 16, random.Random(0))
+    probed = fresh_first(pairs, trained, 16, random.Random(0))
     assert Counter(p.grade for p in probed) == {1: 4, 2: 4, 3: 4, 4: 4}
 
 
