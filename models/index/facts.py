@@ -42,8 +42,9 @@ class IndexFacts(BaseModel):
     refine: int | None = None
     """Multiple of k re-ranked with the full vectors; the smallest that passed. None: a scan."""
     recall_at_10: float
-    recall_at_100: float
-    """Not gated: `nprobes` is chosen at 10, so this tells what deep rankings lose."""
+    recall_at_100: float | None
+    """Not gated: `nprobes` is chosen at 10, so this tells what deep rankings lose. None: a refresh,
+    which leaves it out."""
     latency_p50_ms: float
     latency_p95_ms: float
     unindexed_rows: int
