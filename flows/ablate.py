@@ -74,7 +74,18 @@ def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
         JudgeRow("majority", "majority", "majority", "the most frequent training grade"),
         JudgeRow("zero-shot", "zero-shot", "base", "the base model, untrained", (_RESPOND,)),
         JudgeRow(
-            "cross-encoder", "cross-encoder", "cross_encoder", "a fine-tuned encoder", (_RESPOND,)
+            "cross-encoder",
+            "cross-encoder",
+            "cross_encoder",
+            "a fine-tuned encoder that reads query and item",
+            (_RESPOND, "ablation.cross_encoder.evidence=false"),
+        ),
+        JudgeRow(
+            "told",
+            "cross-encoder + evidence",
+            "cross_encoder",
+            "the same, told the judge's evidence and estimate",
+            (_RESPOND, "ablation.cross_encoder.evidence=true"),
         ),
         JudgeRow(
             "label-only",

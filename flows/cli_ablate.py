@@ -48,11 +48,11 @@ def ablate_judge(
 ) -> None:
     """Train and measure the judge with and without each of its parts, on held-out queries.
 
-    Rows: majority, zero-shot, a fine-tuned cross-encoder, SFT on grades alone, with the reasoning
-    first, with the grade first, then + probe, DPO, GRPO, dynamic sampling, rule-aware rewards and
-    guided replay, each on top of the row above. Every row is `relearn run` with a few settings
-    changed: stages that a run has made are not made again, and the other way round. Safe to
-    interrupt.
+    Rows: majority, zero-shot, a fine-tuned cross-encoder, the same told the judge's evidence, SFT
+    on grades alone, with the reasoning first, with the grade first, then + probe, DPO, GRPO,
+    dynamic sampling, rule-aware rewards and guided replay, each on top of the row above. Every row
+    is `relearn run` with a few settings changed: stages that a run has made are not made again, and
+    the other way round. Safe to interrupt.
 
     How rows are graded: the most likely of the four grades, without CumPT. The grade comes first in
     all formats but think-then-respond, which decodes its own reasoning (greedy) and is graded at

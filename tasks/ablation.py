@@ -53,7 +53,7 @@ class TableConfig(_Config):
     title: str
 
 
-@stage(name="judge_cross_encoder", kind="judge", code_version="1")
+@stage(name="judge_cross_encoder", kind="judge", code_version="2")
 def judge_cross_encoder(
     ctx: StageContext,
     config: CrossEncoderConfig,

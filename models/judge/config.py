@@ -53,6 +53,8 @@ class CrossEncoderConfig(BaseModel):
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate, linear to 0 after a tenth of warm-up."""
     weight_decay: float = Field(0.01, ge=0)
+    evidence: bool = False
+    """Read the judge's evidence and estimate too; the paper's BERT reads query and item."""
     max_tokens: int = Field(192, ge=16)
     """Query, item and evidence together; the item's end is cut."""
     checkpoint_every: int = Field(50, ge=1)

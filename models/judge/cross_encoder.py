@@ -1,7 +1,8 @@
 """The baseline that reads a pair and grades it, without words: the BERT row [TaoSR1 s4].
 
 Consumes labelled pairs and an encoder -> produces a sequence classifier of four grades, a plain
-transformers folder. It reads what the judge reads of a pair (query, item, evidence) but the rules.
+transformers folder. It reads query and item, and with `evidence` all that the judge reads of a
+pair but the rules.
 
 Departures: the paper's has 24 layers, the default here six; pairs are drawn class-balanced, as for
 SFT. No epoch is chosen on validation: the last one is the model.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,8 @@ def train_cross_encoder(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # the head starts from torch's global numbers
         model, tokenizer = _load(base, num_labels=len(GRADES))
+    if not config.evidence:
+        spec = replace(spec, prompt=spec.prompt.model_copy(update={"evidence": False}))
     text = PairText(tokenizer, spec)
     length = _length(model, tokenizer, config.max_tokens)
     chosen = draw_pairs(pairs, config.max_pairs, config.balance, random.Random(config.seed))

@@ -14,8 +14,8 @@ from models.errors import ConfigError
 from tests.flows.conftest import Chain, at_home, small_config
 
 KEYS = (
-    "majority zero-shot cross-encoder label-only think-first respond-first probe dpo grpo sampling "
-    "rrs agr"
+    "majority zero-shot cross-encoder told label-only think-first respond-first probe dpo grpo "
+    "sampling rrs agr"
 ).split()
 
 
@@ -38,6 +38,7 @@ def changed(before: PipelineConfig, after: PipelineConfig) -> set[str]:
 
 
 ADDED = {
+    ("cross-encoder", "told"): {"ablation.cross_encoder.evidence"},
     ("label-only", "think-first"): {"judge.prompt.order"},
     ("think-first", "respond-first"): {"judge.prompt.order"},
     ("respond-first", "probe"): {"judge.probe"},
@@ -64,10 +65,11 @@ def test_each_row_differs_from_the_one_before_in_the_named_thing(name: str) -> N
     plain = changed(rows["dpo"].config(config), rows["grpo"].config(config))
     assert all(path.startswith("judge.grpo.") for path in plain)
     made = [(row.key, row.made) for row in rows.values()]
-    assert made[3:] == [
-        *((key, "sft") for key in KEYS[3:7]),
+    assert made[4:] == [
+        *((key, "sft") for key in KEYS[4:7]),
+        ("probe", "probed"),
         ("dpo", "dpo"),
-        *((key, "grpo") for key in KEYS[8:]),
+        *((key, "grpo") for key in KEYS[9:]),
     ]
 
 

@@ -77,6 +77,21 @@ def test_markers_of_the_tokenizer_in_shop_text_stay_text(base: str, tmp_path: Pa
     assert (one == other).all()
 
 
+def test_evidence_is_read_only_where_it_is_asked_for(base: str, tmp_path: Path) -> None:
+    pairs = toy(40)
+    spec = JudgeSpec.fit(PromptConfig(), pairs, [p.product for p in pairs])
+    asked, seen = [(p.query, p.product) for p in pairs[:3]], {}
+    for evidence in (False, True):
+        out = tmp_path / str(evidence)
+        config = CONFIG.model_copy(update={"max_steps": 1, "evidence": evidence})
+        train_cross_encoder(base, spec, pairs, config, out, tmp_path / f"s{evidence}", NullSink())
+        model = CrossEncoder(out)
+        seen[evidence] = [model.text.item(q, p) for q, p in asked]
+        assert (model.score(asked) == CrossEncoder(out).score(asked)).all()
+    assert all("words say" in summary for _, summary in seen[True])
+    assert all("found:" not in line and summary == "" for line, summary in seen[False])
+
+
 def test_no_pairs_are_refused(base: str, tmp_path: Path) -> None:
     with pytest.raises(DataContractError, match="no training pairs"):
         train_cross_encoder(base, SPEC, [], CONFIG, tmp_path, tmp_path, NullSink())
