@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from models.errors import ArtifactError, explain
 from models.evaluation.tiers import CumPT
@@ -79,7 +80,7 @@ class JudgeSpec:
         if not path.is_file():
             raise ArtifactError(explain(f"no {FILE} in {folder}", "a judge folder", "train one"))
         body = json.loads(path.read_text(encoding="utf-8"))
-        if not {"cumpt", "estimate"} <= body.keys():
+        if not {"cumpt", "estimate"} <= body.keys() or not _current(body["estimate"]):
             got = f"{path} of an older version"
             raise ArtifactError(explain(got, "CumPT's reading and an estimate", "train again"))
         kinds = None if body["kinds"] is None else KindLexicon.from_json(body["kinds"])
@@ -90,3 +91,7 @@ class JudgeSpec:
         first = body["estimate"]
         estimate = None if first is None else GradeEstimate.from_json(first)
         return cls(prompt, kinds, cumpt, rules, weights, estimate)
+
+
+def _current(estimate: Mapping[str, Any] | None) -> bool:
+    return estimate is None or "models" in estimate

@@ -46,11 +46,12 @@ def test_without_evidence_there_is_no_lexicon() -> None:
 def test_a_judge_of_an_older_version_is_refused(tmp_path: Path) -> None:
     pair = make_pair()
     JudgeSpec.fit(PromptConfig(), [pair], [pair.product]).write(tmp_path)
-    body = json.loads((tmp_path / "judge.json").read_text())
-    del body["estimate"]
-    (tmp_path / "judge.json").write_text(json.dumps(body))
-    with pytest.raises(ArtifactError, match="older version"):
-        JudgeSpec.read(tmp_path)
+    whole = json.loads((tmp_path / "judge.json").read_text())
+    for older in ({}, {"estimate": {"weights": [[1.0]], "knots": [1.0], "trained": []}}):
+        body = {k: v for k, v in whole.items() if k != "estimate"} | older
+        (tmp_path / "judge.json").write_text(json.dumps(body))
+        with pytest.raises(ArtifactError, match="older version"):
+            JudgeSpec.read(tmp_path)
 
 
 def test_a_folder_that_is_no_judge_is_refused(tmp_path: Path) -> None:
