@@ -65,8 +65,8 @@ _UNSAMPLED = (
 def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
     """Every row that `config` has, in the table's order.
 
-    `probe` is left out where the run fits no probe; AGR's settings are the run's, or the defaults
-    where it replays nothing.
+    `probe` is left out where the run fits no probe, `told` where its judge has no evidence. AGR's
+    settings are the run's, or the defaults where it replays nothing.
     """
     replay = () if config.judge.grpo.replay else ("judge.grpo.replay={}",)
     shaped = (_RESPOND, "judge.grpo.reward.shaped=true")
@@ -139,7 +139,8 @@ def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
             (*shaped, *replay),
         ),
     ]
-    return tuple(r for r in rows if r.key != "probe" or config.judge.probe is not None)
+    missing = {"probe": config.judge.probe is None, "told": not config.judge.prompt.evidence}
+    return tuple(row for row in rows if not missing.get(row.key, False))
 
 
 def chosen_rows(config: PipelineConfig, keys: Sequence[str] | None) -> tuple[JudgeRow, ...]:

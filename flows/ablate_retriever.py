@@ -73,7 +73,7 @@ class RowPlan(BaseModel):
     rgrpo: RetrievalGRPOConfig | None = None
     rewards: RewardsConfig | None = None
     judge: Literal["full", "weak"] | None = None
-    """Who mines or rewards: the finished judge, or the one after CoT SFT alone."""
+    """Who mines or rewards: the finished judge, or the one after CoT SFT and its probe."""
 
 
 def row_plan(name: str, config: EmbedderConfig, seed: int) -> RowPlan:
@@ -147,6 +147,9 @@ def ablate_retriever(
             measured[TITLES[name]] = [row for row, _ in made]
             trained[TITLES[name]] = [ref for _, stages in made for ref in stages]
         notes = [f"seeds of the retriever: {', '.join(map(str, seeds))}; the judge has one"]
+        if config.embedder.evaluation.judged_queries:
+            notes.append("Goodrate is read by the finished judge, the reward of most R-GRPO rows")
+        notes.append("seconds are those of the machine that made a stage, maybe on another day")
         if "rgrpo_no_sft" in names:
             notes.append("R-GRPO without SFT has no InfoNCE anchor either")
         table = retriever_ablation(

@@ -59,8 +59,9 @@ def ablate_judge(
     the place where its grade is due. pass@k: 5 sampled responses a pair, right where the grade is.
 
     Printed: means over seeds, 95 % intervals over queries (bootstrap), "± seeds" the standard
-    deviation over seeds, "gain" the macro-F1 above the row before it in the table. The MLflow run
-    of stage judge_ablation keeps ablation.json, .csv, .md and .png.
+    deviation over seeds, "gain" the macro-F1 above the row before it in the table, its own
+    deviation over seeds after "±". The MLflow run of stage judge_ablation keeps ablation.json,
+    .csv, .md and .png.
 
     Examples:
 

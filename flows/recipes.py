@@ -221,7 +221,7 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
                 epochs=4,
                 grade_share=None,
             ),
-            probe=ProbeConfig(max_pairs=64),
+            probe=ProbeConfig(max_pairs=64, bf16=False),
             pass_at_n=PassAtNConfig(prompts=24, samples=4, max_new_tokens=96),
             dpo=DpoConfig(optimiser=gentle),
             grpo=GrpoConfig(

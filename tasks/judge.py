@@ -47,9 +47,10 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="5")
+@stage(name="judge_prompt", kind="judge", code_version="6")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
-    """The prompt format, the training queries' kinds and the catalogue's word weights.
+    """The prompt format, the training queries' kinds, the catalogue's word weights, and what words
+    alone say of the grade.
 
     Every judge reads by it.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.embedder.config import FitConfig
 from models.errors import DivergenceError, explain
-from models.lm.precision import has_bf16
+from models.lm import precision
 from models.types import MetricSink
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _arguments(config: FitConfig, num_pairs: int, scratch: Path, device: str) ->
         per_device_train_batch_size=batch_size,
         learning_rate=config.lr,
         warmup_steps=round(config.warmup_ratio * steps),
-        bf16=config.bf16 and has_bf16(device),
+        bf16=config.bf16 and precision.has_bf16(device),
         use_cpu=device == "cpu",
         seed=config.seed,
         data_seed=config.seed,

@@ -3,7 +3,8 @@
 Consumes what each judge answered on the same held-out pairs, once a seed -> produces plain rows,
 one a judge and metric. Intervals are 95 % percentile ones of the mean over seeds: queries are drawn
 with replacement, the same draws for every row and seed, so that the difference to the row before is
-a paired one. The spread is the standard deviation over seeds, what training noise alone moves.
+a paired one. They do not hold training noise: that is the spread, the standard deviation over
+seeds, of a difference the one of seed with seed.
 
 Shapes: B resamples, N pairs, Q queries.
 """
@@ -77,7 +78,7 @@ def ablation_rows(
     query_of = {q: i for i, q in enumerate(dict.fromkeys(q for q, _, _ in pairs))}
     weights_BQ = query_weights(len(query_of), num_samples, seed)
     out: list[dict[str, Any]] = []
-    before: np.ndarray | None = None
+    before_SB: np.ndarray | None = None
     for row in rows:
         by_seed, counts = [], dict[str, int]()
         for answered in row.seeds:
@@ -87,17 +88,17 @@ def ablation_rows(
                 )
             metrics, counts = _metrics(answered, row.order, query_of, weights_BQ)
             by_seed.append(metrics)
-        means = {}
+        compared_SB = np.array([m[COMPARED] for m in by_seed])
         for metric in (m for m in by_seed[0] if all(m in other for other in by_seed)):
             values_SB = np.array([m[metric] for m in by_seed])
-            means[metric] = values_SB.mean(0)
-            if np.isfinite(means[metric][0]):  # a grade that is nowhere has no F1
+            if np.isfinite(values_SB[:, 0].mean()):  # a grade that is nowhere has no F1
                 out.append(_record(row.name, metric, values_SB, counts[metric]))
-        if before is not None:
-            gain_1B = (means[COMPARED] - before)[None]
-            record = _record(row.name, f"{COMPARED}_gain", gain_1B, counts[COMPARED])
-            out.append(record | {"seeds": len(row.seeds)})
-        before = means[COMPARED]
+        if before_SB is not None:
+            same = len(before_SB) == len(compared_SB)
+            gain_SB = compared_SB - (before_SB if same else before_SB.mean(0))
+            record = _record(row.name, f"{COMPARED}_gain", gain_SB, counts[COMPARED])
+            out.append(record if same else record | {"spread": None})
+        before_SB = compared_SB
     return out
 
 
@@ -143,17 +144,18 @@ def _metrics(
         _passes(answered.samples, query_of, weights_BQ),
     ):
         out |= more
-        counts |= dict.fromkeys(more, n)
+        counts |= n
     return out, counts
 
 
 def _reasoning(
     answers: Sequence[Answer], order: Order, query_of: Mapping[str, int], weights_BQ: np.ndarray
-) -> tuple[dict[str, np.ndarray], int]:
-    """Rule adherence and contradiction rate of greedy responses, as in `reasoning_metrics`."""
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Rule adherence and contradiction rate of greedy responses, as in `reasoning_metrics`, but
+    that nothing stated is no rate at all."""
     spoken = [a for a in answers if "response" in a]
     if order == "label_only" or not spoken:
-        return {}, 0
+        return {}, {}
     read = [parse_response(a["response"], order, a["finished"]) for a in spoken]
     query_M = np.array([query_of[a["query_id"]] for a in spoken])
     stated_M = np.array([r.grade is not None and r.verdicts is not None for r in read], float)
@@ -169,15 +171,15 @@ def _reasoning(
     out = {"rule_adherence": ratio_under(whole_M * (1 - broken_M), ones_M, query_M, weights_BQ)}
     if stated_M.any():
         out["contradiction_rate"] = ratio_under(broken_M, stated_M, query_M, weights_BQ)
-    return out, len(read)
+    return out, {"rule_adherence": len(read), "contradiction_rate": int(stated_M.sum())}
 
 
 def _passes(
     samples: Sequence[Sample], query_of: Mapping[str, int], weights_BQ: np.ndarray
-) -> tuple[dict[str, np.ndarray], int]:
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """pass@1..n over the sampled pairs; right is the gold grade, whatever the steps say."""
     if not samples:
-        return {}, 0
+        return {}, {}
     query_M = np.array([query_of[s["query_id"]] for s in samples])
     ones_M = np.ones(len(samples))
     passes = {
@@ -186,4 +188,4 @@ def _passes(
     }
     return {
         name: ratio_under(pass_M, ones_M, query_M, weights_BQ) for name, pass_M in passes.items()
-    }, len(samples)
+    }, dict.fromkeys(passes, len(samples))

@@ -59,11 +59,16 @@ def _cell(metric: str, record: Record | None) -> str:
     value = f"{100 * record['mean']:{sign}.1f}"
     if metric not in WITH_INTERVAL:
         return value
-    return f"{value} [{100 * record['low']:{sign}.1f}, {100 * record['high']:{sign}.1f}]"
+    text = f"{value} [{100 * record['low']:{sign}.1f}, {100 * record['high']:{sign}.1f}]"
+    if sign and record["spread"] is not None:
+        text += f" ± {100 * record['spread']:.1f}"
+    return text
 
 
 def markdown(records: Sequence[Record], caption: str = "") -> str:
-    """The wide table for a log or a report, with `caption` above it."""
+    """The wide table for a log or a report, with `caption` above it. After "±" of a gain, as in the
+    column of that name, stands the standard deviation over seeds, which no interval holds.
+    """
     headings, rows = wide(records)
     lines = [headings, ["---"] * len(headings), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

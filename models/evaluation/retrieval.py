@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -287,7 +288,8 @@ def _means(
 def write_trec_run(run: Mapping[str, Sequence[str]], path: Path, tag: str = "relearn") -> None:
     """query Q0 product rank score tag; the score falls with the rank, so tools keep the order.
 
-    The format separates by blanks: those of ids are written as %20, those of the tag as "_".
+    The format separates by blanks: those of ids are written as %20 (and % as %25), those of the
+    tag as "_".
     """
     tag = "_".join(tag.split())
     with path.open("w", encoding="utf-8") as file:
@@ -310,11 +312,13 @@ def write_trec_qrels(qrels: Mapping[str, Grades], path: Path) -> None:
 
 
 def _field(name: str) -> str:
-    return re.sub(r"\s", lambda blank: f"%{ord(blank[0]):02X}", name)
+    return re.sub(r"[\s%]", lambda found: quote(found[0], safe=""), name)
 
 
 def read_trec_run(path: Path) -> dict[str, list[str]]:
     """What `write_trec_run` and other tools write, ordered by falling score, then rank.
+
+    %20 and the like in ids are read as what they stand for.
 
     Raises:
         DataContractError: a line without six fields.
@@ -326,5 +330,6 @@ def read_trec_run(path: Path) -> dict[str, list[str]]:
             raise DataContractError(
                 explain(f"line {number} of {path.name}: {line[:60]!r}", "six fields", "fix the run")
             )
-        scored.setdefault(fields[0], []).append((-float(fields[4]), int(fields[3]), fields[2]))
+        q, product = unquote(fields[0]), unquote(fields[2])
+        scored.setdefault(q, []).append((-float(fields[4]), int(fields[3]), product))
     return {q: [p for _, _, p in sorted(rows)] for q, rows in scored.items()}

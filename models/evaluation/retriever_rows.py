@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from models.errors import explain
 from models.evaluation.retrieval import (
     Grades,
     JudgeGood,
@@ -170,6 +171,9 @@ def _differences(
         if metric not in mine or metric not in theirs:
             continue
         shared = [q for q in mine[metric] if q in theirs[metric] and q in inside]
+        if any(part[q][1] != 1.0 for part in (mine[metric], theirs[metric]) for q in shared):
+            expected = "one in which every query weighs the same"
+            raise ValueError(explain(f"{metric} compared query by query", expected, "leave it out"))
         found = paired_bootstrap(
             [mine[metric][q][0] for q in shared],
             [theirs[metric][q][0] for q in shared],

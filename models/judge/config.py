@@ -125,6 +125,8 @@ class ProbeConfig(BaseModel):
     """Weight of the squared norm of the probe, its features scaled to a mean square of one."""
     quiet: float = Field(0.03, ge=0)
     """Weight of the mean squared logit that the moved rows add where no grade is due."""
+    bf16: bool = True
+    """Read the features under bf16 autocast where the device has it, as scoring does."""
 
 
 class DrawConfig(BaseModel):

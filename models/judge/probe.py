@@ -66,7 +66,7 @@ def train_probe(
     probed = fresh_first(pairs, trained, config.max_pairs, rng)
     lm, tokenizer = load_lm(base, device=device)
     counts = fit_grade_rows(
-        SharedPrefixLM(lm, bf16=True), PromptEncoder(tokenizer, spec), probed, config
+        SharedPrefixLM(lm, bf16=config.bf16), PromptEncoder(tokenizer, spec), probed, config
     )
     save_whole(lm, tokenizer, out)
     spec.write(out)

@@ -24,7 +24,7 @@ from models.types import Product, Query
 
 
 class PairText:
-    """What is read of a pair, as plain text; the judge and the cross-encoder read the same.
+    """What is read of a pair, as plain text, by the judge and by the cross-encoder.
 
     The tokenizer's own control tokens are taken out: shop text must not open a turn of its own.
     """

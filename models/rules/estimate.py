@@ -1,12 +1,13 @@
-"""A first estimate of the grade from the evidence alone, learned from all labelled pairs.
+"""A first estimate of the grade from words alone, learned from up to MAX_PAIRS labelled pairs.
 
 Consumes labelled pairs and their evidence -> produces an additive model, and for a pair a number in
 [1, 4] that stands in the prompt right before the judge's grade. A 135M judge sees a few hundred
-pairs in its minutes; this model sees all of them in seconds, and hands on what they say about
-words. What the words mean is left to the judge.
+pairs in its minutes; this model sees tens of thousands in less than one, and hands on what they say
+about words.
 
 A training query's own labels are left out when its own pairs are read (cross-fitting by query), so
-that the estimate is as good in training as it will be on new queries, no better.
+that the estimate is as good in training as it will be on new queries, no better. One path remains:
+the evidence of other queries' pairs comes from a kind lexicon that knows this query's labels.
 
 Tensor legend: N pairs, F features, B basis functions (with a constant).
 """
@@ -64,112 +65,118 @@ class AdditiveModel:
     """A sum of one curve a feature, products of overlaps, and a constant; learned by ridge.
 
     bends: [F], where each feature's curve may bend; empty for one that takes two values or fewer.
-    weights: [B].
+    weights: [B]. knots: [KNOTS] ratings, never falling, that stand for grades evenly from 1 to 4.
     """
 
     associations: WordAssociations
     bends: Sequence[Sequence[float]]
     weights: Sequence[float]
+    knots: Sequence[float]
 
     @classmethod
     def fit(
         cls,
         x_NF: np.ndarray,
         y_N: np.ndarray,
+        grade_N: np.ndarray,
         fold_N: np.ndarray,
         occurrences: Occurrences,
         bent: bool,
         without: int | None = None,
     ) -> AdditiveModel:
-        """Overlap first; then what words shift, of which each pair's own fold is left out.
+        """Overlap first; then what words shift, of which each pair's own fold is left out; then
+        the knots, which make all grades equally frequent among what is predicted of unseen folds.
 
-        bent: whether curves may bend. without: a fold that nothing is learned from.
+        y_N: ratings. bent: whether curves may bend. without: a fold that nothing is learned from.
         """
         read_N = fold_N != without
         plain_NB = _basis(x_NF, [()] * x_NF.shape[1])
-        residual_N = y_N - _cross_fitted(plain_NB, y_N, fold_N, read_N)
+        penalty = _best(plain_NB, y_N, fold_N, read_N)
+        residual_N = y_N - _cross_fitted(plain_NB, y_N, fold_N, read_N, penalty)
         x_NF = np.hstack([occurrences.shifts(residual_N, without), x_NF])
         bends = [_bends(column_N[read_N]) if bent else [] for column_N in x_NF.T]
         basis_NB = _basis(x_NF, bends)
-        weights_B = _ridge(basis_NB[read_N], y_N[read_N], _best(basis_NB, y_N, fold_N, read_N))
-        return cls(occurrences.associations(residual_N, without), bends, weights_B.tolist())
+        penalty = _best(basis_NB, y_N, fold_N, read_N)
+        weights_B = _ridge(basis_NB[read_N], y_N[read_N], penalty)
+        unseen_N = _cross_fitted(basis_NB, y_N, fold_N, read_N, penalty)[read_N]
+        count = Counter(grade_N[read_N].tolist())
+        knots = _quantiles(unseen_N, np.array([1 / count[g] for g in grade_N[read_N].tolist()]))
+        words = occurrences.associations(residual_N, without)
+        return cls(words, bends, weights_B.tolist(), knots.tolist())
 
     def __call__(self, x_NF: np.ndarray, words: Sequence[Words]) -> np.ndarray:
         """The rating expected of each pair, [N]."""
         shifts_NS = np.array([self.associations.shifts(w) for w in words])
         return _basis(np.hstack([shifts_NS, x_NF]), self.bends) @ np.asarray(self.weights)
 
+    def grade(self, rating: float) -> float:
+        """The grade in [1, 4] that a rating stands for; where knots coincide, their middle."""
+        at, place = np.unique(self.knots, return_inverse=True)
+        levels = np.linspace(GRADES[0], GRADES[-1], len(self.knots))
+        return float(np.interp(rating, at, np.bincount(place, levels) / np.bincount(place)))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads."""
-        shift = self.associations.shift
-        return {"shift": shift, "bends": self.bends, "weights": self.weights}
+        learned = {"bends": self.bends, "weights": self.weights, "knots": self.knots}
+        return {"shift": self.associations.shift, **learned}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> AdditiveModel:
         """Inverse of `to_json`."""
-        return cls(WordAssociations(body["shift"]), body["bends"], body["weights"])
+        words = WordAssociations(body["shift"])
+        return cls(words, body["bends"], body["weights"], body["knots"])
 
 
 @dataclass(frozen=True)
 class GradeEstimate:
     """models: [1 + FOLDS], of all training queries and of all but one fold's.
 
-    knots: values of a model, increasing, that stand for estimates evenly from 1 to 4.
     trained: ids of the training queries.
     """
 
     models: Sequence[AdditiveModel]
-    knots: Sequence[float]
     trained: frozenset[str]
 
     @classmethod
     def fit(cls, pairs: Sequence[Pair], gather: Callable[[Pair], Evidence]) -> GradeEstimate | None:
-        """Models of the rating, then a monotone curve that makes grades equally frequent.
-
-        None without pairs.
-        """
+        """A model of all pairs and one without each fold; None without pairs."""
         if not pairs:
             return None
         if len(pairs) > MAX_PAIRS:
             pairs = random.Random(0).sample(pairs, MAX_PAIRS)
         x_NF = np.array([features(gather(p)) for p in pairs])
         words = [words_of(p.query, p.product) for p in pairs]
-        y_N = np.array([p.rating for p in pairs])
-        fold_N = np.array([_fold(p.query) for p in pairs])
-        occurrences = Occurrences(words, [p.query.query_id for p in pairs], fold_N, FOLDS)
-        trained = frozenset(p.query.query_id for p in pairs)
-        bent = len(trained) >= BENT_FROM
-        models = [AdditiveModel.fit(x_NF, y_N, fold_N, occurrences, bent)]
-        value_N = np.empty(len(pairs))
-        for fold in range(FOLDS):
-            models.append(AdditiveModel.fit(x_NF, y_N, fold_N, occurrences, bent, fold))
-            own = np.flatnonzero(fold_N == fold)
-            if len(own):
-                value_N[own] = models[-1](x_NF[own], [words[i] for i in own])
-        count = Counter(p.grade for p in pairs)
-        knots = _quantiles(value_N, np.array([1 / count[p.grade] for p in pairs]))
-        return cls(models, knots.tolist(), trained)
+        y_N, grade_N = np.array([p.rating for p in pairs]), np.array([p.grade for p in pairs])
+        fold_N = np.array([_fold(p.query, FOLDS) for p in pairs])
+        ids = [p.query.query_id for p in pairs]
+        occurrences = Occurrences(words, ids, fold_N, FOLDS)
+        bent = len(set(ids)) >= BENT_FROM
+        models = [
+            AdditiveModel.fit(x_NF, y_N, grade_N, fold_N, occurrences, bent, without)
+            for without in (None, *range(FOLDS))
+        ]
+        return cls(models, frozenset(ids))
 
     def __call__(self, query: Query, product: Product, evidence: Evidence) -> float:
         """The grade in [1, 4] that words speak for, were all grades equally frequent."""
-        model = self.models[1 + _fold(query) if query.query_id in self.trained else 0]
-        value = model(np.array([features(evidence)]), [words_of(query, product)])[0]
-        return float(np.interp(value, self.knots, np.linspace(GRADES[0], GRADES[-1], KNOTS)))
+        new = query.query_id not in self.trained
+        model = self.models[0 if new else 1 + _fold(query, len(self.models) - 1)]
+        return model.grade(model(np.array([features(evidence)]), [words_of(query, product)])[0])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads."""
         models = [model.to_json() for model in self.models]
-        return {"models": models, "knots": self.knots, "trained": sorted(self.trained)}
+        return {"models": models, "trained": sorted(self.trained)}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> GradeEstimate:
         """Inverse of `to_json`."""
         models = [AdditiveModel.from_json(model) for model in body["models"]]
-        return cls(models, body["knots"], frozenset(body["trained"]))
+        return cls(models, frozenset(body["trained"]))
 
 
-def _fold(query: Query) -> int:
-    return hashlib.sha256(query.query_id.encode()).digest()[0] % FOLDS
+def _fold(query: Query, folds: int) -> int:
+    return hashlib.sha256(query.query_id.encode()).digest()[0] % folds
 
 
 def _bends(column_N: np.ndarray) -> list[float]:
@@ -199,10 +206,9 @@ def _basis(x_NF: np.ndarray, bends: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _cross_fitted(
-    x_NB: np.ndarray, y_N: np.ndarray, fold_N: np.ndarray, read_N: np.ndarray
+    x_NB: np.ndarray, y_N: np.ndarray, fold_N: np.ndarray, read_N: np.ndarray, penalty: float
 ) -> np.ndarray:
-    """What the other folds that are read predict of each pair, by the best ridge, [N]."""
-    penalty = _best(x_NB, y_N, fold_N, read_N)
+    """What the other folds that are read predict of each pair, [N]."""
     out_N = np.empty(len(y_N))
     for fold in range(FOLDS):
         rest_N = read_N & (fold_N != fold)
@@ -211,13 +217,14 @@ def _cross_fitted(
 
 
 def _best(x_NB: np.ndarray, y_N: np.ndarray, fold_N: np.ndarray, read_N: np.ndarray) -> float:
-    """The penalty of RIDGES whose squared error is least on folds that were left out."""
+    """The penalty of RIDGES whose squared error is least on folds that were left out; the largest
+    of equals. Shifts of words, where `x_NB` has them, know those folds a little."""
     errors = dict.fromkeys(RIDGES, 0.0)
     for fold in range(FOLDS):
         own_N, rest_N = read_N & (fold_N == fold), read_N & (fold_N != fold)
         for penalty, weights_B in _ridges(x_NB[rest_N], y_N[rest_N], RIDGES).items():
             errors[penalty] += float(np.square(y_N[own_N] - x_NB[own_N] @ weights_B).sum())
-    return min(errors, key=lambda penalty: errors[penalty])
+    return min(errors, key=lambda penalty: (errors[penalty], -penalty))
 
 
 def _ridge(x_NB: np.ndarray, y_N: np.ndarray, penalty: float) -> np.ndarray:
@@ -246,7 +253,9 @@ def _ridges(
 
 
 def _quantiles(value_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
-    """Weighted quantiles at KNOTS even levels, increasing."""
+    """Weighted quantiles at KNOTS even levels, never falling; the middle grade without values."""
+    if not len(value_N):
+        return np.full(KNOTS, np.mean(GRADES))
     order = np.argsort(value_N, kind="stable")
     level_N = np.cumsum(weight_N[order]) / weight_N.sum()
     return np.interp(np.linspace(0, 1, KNOTS), level_N, value_N[order])

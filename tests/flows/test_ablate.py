@@ -109,6 +109,9 @@ def test_rows_are_chosen_by_name_in_the_tables_order() -> None:
     assert len(chosen_rows(config, None)) == len(KEYS)
     bare = recipe("smoke", "synthetic", ["judge.probe=null"])
     assert "probe" not in [r.key for r in chosen_rows(bare, None)]
+    assert [r.key for r in judge_rows(recipe("full", "synthetic"))] == [
+        key for key in KEYS if key not in ("told", "probe")
+    ], "no evidence to tell, no probe"
     for wrong in (["dqo"], ["majority"], []):
         with pytest.raises(ConfigError, match="some of majority, zero-shot"):
             chosen_rows(config, wrong)

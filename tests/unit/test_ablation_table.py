@@ -106,6 +106,20 @@ def test_means_spread_and_gain_over_seeds() -> None:
     assert not any(r["judge"] == "worse" and r["metric"].endswith("gain") for r in records)
 
 
+def test_a_gain_is_that_of_seed_with_seed() -> None:
+    """Seeds that move both rows alike move no gain."""
+    good, bad = Answered(answers(GRADES, GRADES)), Answered(answers(GRADES, WRONG))
+    rows = [Row(name, "label_only", [good, bad]) for name in "ab"]
+    records = ablation_rows(rows, num_samples=200)
+    assert value(records, "b", "macro_f1")["spread"] > 0.1
+    assert value(records, "b", "macro_f1_gain")["spread"] == 0
+    crossed = [rows[0], Row("b", "label_only", [bad, good])]
+    gain = value(ablation_rows(crossed, num_samples=200), "b", "macro_f1_gain")
+    assert gain["mean"] == pytest.approx(0) and gain["spread"] > 0.2
+    headings, lines = wide(ablation_rows(crossed, num_samples=200))
+    assert "] ± " in lines[1][headings.index("gain [95 %]")]
+
+
 def test_equal_judges_have_no_gain_on_any_resample() -> None:
     rows = [Row(name, "label_only", [Answered(answers(GRADES, WRONG))]) for name in "ab"]
     gain = value(ablation_rows(rows, num_samples=200), "b", "macro_f1_gain")
@@ -123,7 +137,8 @@ def test_steps_and_samples_are_read_where_there_are_some() -> None:
     records = ablation_rows([Row("a", "respond_then_think", [Answered(given, samples)])], 100)
     adherence = value(records, "a", "rule_adherence")
     assert (adherence["mean"], adherence["n"]) == (pytest.approx(1 / 3), 3)
-    assert value(records, "a", "contradiction_rate")["mean"] == pytest.approx(1 / 3)
+    contradictions = value(records, "a", "contradiction_rate")
+    assert (contradictions["mean"], contradictions["n"]) == (pytest.approx(1 / 3), 3)
     assert value(records, "a", "pass@1")["mean"] == pytest.approx((1 + 2 / 5) / 2)
     assert value(records, "a", "pass@5")["n"] == 2
     label = ablation_rows([Row("a", "label_only", [Answered(given)])], 100)

@@ -1,4 +1,4 @@
-"""The first estimate of the grade from the evidence alone."""
+"""The first estimate of the grade from words alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
 from models.lm.weights import load_tokenizer
 from models.rules import estimate as module
-from models.rules.estimate import AdditiveModel, GradeEstimate, _basis, _fold, _quantiles, _ridge
+from models.rules.association import WordAssociations
+from models.rules.estimate import (
+    FOLDS,
+    AdditiveModel,
+    GradeEstimate,
+    _basis,
+    _fold,
+    _quantiles,
+    _ridge,
+)
 from models.rules.evidence import NUM_FEATURES, Evidence, gather
 from models.rules.words import WordWeights
 from models.types import Pair, Product, Query
@@ -65,15 +74,18 @@ def test_raters_are_finer_than_the_grade() -> None:
 def test_a_training_query_is_read_without_its_own_labels(
     bent_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even through the words it shares with the queries that are read."""
+    """Not even through the words it shares with the queries that are read, or through the knots."""
     monkeypatch.setattr(module, "BENT_FROM", bent_from)
     pairs = graded_by_words(60)
     lying = [replace(p, grade=1) if p.query.query_id == "q0" else p for p in pairs]
     truth, lie = GradeEstimate.fit(pairs, read), GradeEstimate.fit(lying, read)
     assert truth is not None and lie is not None
-    row = 1 + _fold(pairs[0].query)
+    row = 1 + _fold(pairs[0].query, FOLDS)
     assert truth.models[row] == lie.models[row]
-    assert truth.models[0] != lie.models[0]
+    asked = (pairs[0].query, pairs[0].product, read(pairs[0]))
+    assert pairs[0].grade != 1 and truth(*asked) == lie(*asked)
+    new = replace(pairs[0].query, query_id="new"), *asked[1:]
+    assert truth(*new) != lie(*new)
 
 
 def test_new_and_training_queries_are_read_with_different_models() -> None:
@@ -116,7 +128,8 @@ def test_curves_bend_where_a_store_has_the_queries_for_it(monkeypatch: pytest.Mo
         assert any(map(len, estimate.models[0].bends)) == (bent_from == 300)
         # a hump needs curves once the products of overlaps are taken away
         flat = [
-            AdditiveModel(m.associations, m.bends, _without_products(m)) for m in estimate.models
+            AdditiveModel(m.associations, m.bends, _without_products(m), m.knots)
+            for m in estimate.models
         ]
         bare = replace(estimate, models=flat)
         values = [bare(p.query, p.product, read(p)) for p in pairs]
@@ -158,11 +171,17 @@ def test_round_trip_and_no_pairs() -> None:
     assert GradeEstimate.fit([], read) is None
 
 
-def test_pairs_of_one_grade_and_one_query_still_give_a_number() -> None:
+def test_one_query_teaches_nothing_of_the_others() -> None:
+    """Its own fold is all there is: the middle of the grades, and no knot to prefer a side."""
     one = [replace(p, grade=3) for p in graded_by_words(5, query="same")]
     estimate = GradeEstimate.fit(one, read)
     assert estimate is not None
-    assert 1.0 <= estimate(one[0].query, one[0].product, read(one[0])) <= 4.0
+    assert estimate(one[0].query, one[0].product, read(one[0])) == 2.5
+
+
+def test_where_knots_coincide_their_middle_counts() -> None:
+    model = AdditiveModel(WordAssociations({}), [], [], [1.0, 2.0, 2.0, 3.0])
+    assert [model.grade(v) for v in (0.0, 2.0, 2.5, 9.0)] == [1.0, 2.5, 3.25, 4.0]
 
 
 def test_the_prompt_ends_with_the_estimate(tmp_path: Path) -> None:

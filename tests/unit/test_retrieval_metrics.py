@@ -147,8 +147,10 @@ def test_trec_run_round_trip(tmp_path: Path) -> None:
     m.write_trec_run(run, tmp_path / "run.txt")
     assert m.read_trec_run(tmp_path / "run.txt") == run
     # the evaluation's runs are named like its table's rows, and a store names its ids as it likes
-    m.write_trec_run({"q 1": ["a\tb", "c"]}, tmp_path / "blank.txt", tag="SFT + R-GRPO")
-    assert m.read_trec_run(tmp_path / "blank.txt") == {"q%201": ["a%09b", "c"]}
+    odd = {"q 1": ["a\tb", "c", "50%20off", "%"], "q%201": ["ü\u2003"]}
+    m.write_trec_run(odd, tmp_path / "blank.txt", tag="SFT + R-GRPO")
+    assert all(len(line.split()) == 6 for line in (tmp_path / "blank.txt").open(encoding="utf-8"))
+    assert m.read_trec_run(tmp_path / "blank.txt") == odd
     m.write_trec_qrels({"q 1": {"a\tb": 4}}, tmp_path / "qrels.txt")
     assert (tmp_path / "qrels.txt").read_text() == "q%201 0 a%09b 3\n"
     (tmp_path / "bad.txt").write_text("q Q0 d 1\n")
