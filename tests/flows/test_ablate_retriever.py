@@ -90,6 +90,8 @@ def test_means_over_seeds_and_pooled_metrics_as_arithmetic() -> None:
     assert overall["a"]["ndcg@10_diff"] == pytest.approx(0.1)
     assert "ndcg@10_diff" not in overall["b"] and "ndcg@10_sd" not in overall["b"]
     assert [r["segment"] for r in rows if r["run"] == "a"] == ["all", "general", "negation"]
+    with pytest.raises(ValueError, match="hitrate@10 compared query by query"):
+        table_rows({"a": [one], "b": [one]}, {"q": "general"}, "b", compared=["hitrate@10"])
 
 
 @pytest.mark.parametrize(("rows", "seeds"), [(["sft", "bert"], [0]), ([], [0]), (["sft"], [1, 1])])
