@@ -21,20 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from models.errors import ConfigError, DivergenceError, explain
 from models.judge.config import DrawConfig, ProbeConfig
 from models.judge.cot_sft import draw_examples, draw_pairs
 from models.judge.prompt import PromptEncoder
+from models.judge.scoring import chunks
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import save_whole
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
 from models.types import Pair
 
-ROWS_AT_ONCE = 48
-"""Prompts in one forward, as in scoring."""
 MAX_ITERATIONS = 200
 """A bound only: the problem is convex and LBFGS stops by itself."""
 
@@ -119,10 +117,10 @@ def answer_states(
     model.eval()
     root, _ = model.prefill(build_tree([(encoder.root,)]).to(model.device))
     tails = [encoder.prompt(p.query, p.product)[1:] for p in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: (tails[i][0], len(tails[i][1])))
     parts, gram_DD, count = [], torch.zeros((), device=model.device), 0
-    for start in tqdm(range(0, len(order), ROWS_AT_ONCE), desc="probe", leave=False):
-        tree = build_tree([tails[i] for i in order[start : start + ROWS_AT_ONCE]])
+    order: list[int] = []
+    for rows, tree in chunks(tails, desc="probe"):
+        order += rows
         last_PD, before_MD = model.states(tree.to(model.device), root)
         parts.append(last_PD.float())
         gram_DD = gram_DD + before_MD.float().T @ before_MD.float()

@@ -7,7 +7,7 @@ decode its steps before its grade can be read, one token a pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,14 @@ from tqdm import tqdm
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
 from models.lm.rollout import sample
-from models.lm.shared_prefix import Frontier, SharedPrefixLM, build_tree
+from models.lm.shared_prefix import Frontier, PromptTree, SharedPrefixLM, build_tree
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.weights import load_lm
 from models.teacher.response import thought
 from models.types import Product, Query
+
+ROWS_AT_ONCE = 48
+"""Prompts in one forward."""
 
 
 class ScoringJudge:
@@ -31,7 +34,7 @@ class ScoringJudge:
         self,
         model: SharedPrefixLM,
         encoder: PromptEncoder,
-        rows_at_once: int = 48,
+        rows_at_once: int = ROWS_AT_ONCE,
     ) -> None:
         self.model = model
         self.encoder = encoder
@@ -66,13 +69,10 @@ class ScoringJudge:
         """
         out = np.zeros((len(pairs), 4), dtype=np.float32)
         tails = [path[1:] for path in self.before_grade(pairs, desc)]
-        order = sorted(range(len(pairs)), key=lambda i: (tails[i][0], len(tails[i][1])))
-        for start in tqdm(
-            range(0, len(order), self.rows_at_once), desc=desc, disable=not desc, leave=False
-        ):
-            rows = order[start : start + self.rows_at_once]
-            tree = build_tree([tails[i] for i in rows]).to(self.model.device)
-            logp_PL = self.model.label_logprobs(tree, self.encoder.label_ids, self._rules())
+        for rows, tree in chunks(tails, self.rows_at_once, desc):
+            logp_PL = self.model.label_logprobs(
+                tree.to(self.model.device), self.encoder.label_ids, self._rules()
+            )
             out[rows] = logp_PL.exp().cpu().numpy()
         return out
 
@@ -120,3 +120,17 @@ class ScoringJudge:
             tree = build_tree([(self.encoder.root,)]).to(self.model.device)
             self._root, _ = self.model.prefill(tree)
         return self._root
+
+
+def chunks(
+    tails: Sequence[TokenPath], rows_at_once: int = ROWS_AT_ONCE, desc: str = ""
+) -> Iterator[tuple[list[int], PromptTree]]:
+    """Places of prompts without their rules and the tree of those, neighbours by query and length.
+
+    desc: of a progress bar; none without it.
+    """
+    order = sorted(range(len(tails)), key=lambda i: (tails[i][0], len(tails[i][1])))
+    starts = range(0, len(order), rows_at_once)
+    for start in tqdm(starts, desc=desc, disable=not desc, leave=False):
+        rows = order[start : start + rows_at_once]
+        yield rows, build_tree([tails[i] for i in rows])
