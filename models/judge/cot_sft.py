@@ -161,8 +161,8 @@ def train_cot_sft(
         DivergenceError: the loss stopped being finite.
     """
     if spec.prompt.order == "think_then_respond" and config.cot_share < 1:
-        got = f"cot_share={config.cot_share} with think_then_respond"
-        raise ConfigError(explain(got, "1: its grade comes after the steps", "set it"))
+        got = f"think_then_respond and cot_share={config.cot_share}"
+        raise ConfigError(explain(got, "cot_share=1: its grade comes after the steps", "set it"))
     rng = random.Random(config.optimiser.seed)
     lm, tokenizer = load_lm(base, device=device)
     encoder = PromptEncoder(tokenizer, spec)
