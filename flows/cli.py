@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from rich.table import Table
 from flows.cli_ablate import ablate
 from flows.console import Home, StoreName, console, guarded, prepare, say
 from models.errors import ConfigError, explain
+from tasks import temporary
 from tasks.faults import databases_ready, sqlite_file
 from tasks.settings import masked, settings
 
@@ -29,11 +32,19 @@ app.add_typer(ablate, name="ablate")
 
 def main() -> None:
     """Run the command line."""
-    guarded(app)
+    guarded(lambda: app(obj=_process_began_s()))
+
+
+def _process_began_s() -> float:
+    """When this process began, on the clock of `time.monotonic`."""
+    import psutil
+
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
 @app.command()
 def run(
+    context: typer.Context,
     recipe: Annotated[
         str, typer.Option(help="smoke (tiny models), small (two CPU cores) or full (a GPU).")
     ] = "small",
@@ -67,6 +78,7 @@ def run(
 
         relearn run --recipe smoke --set judge.dpo.beta=0.2
     """
+    began_s = context.obj or time.monotonic()
     prepare(home, data)
     from flows.recipes import recipe as make_recipe
 
@@ -75,15 +87,32 @@ def run(
         print(config.model_dump_json(indent=1))
         return
     databases_ready(settings())
-    from flows.pipeline import run_pipeline
+    with _served():
+        from flows.pipeline import run_pipeline
 
-    started = time.monotonic()
-    result = run_pipeline(config)
-    _show_result(result, time.monotonic() - started)
+        result = run_pipeline(config)
+    _show_result(result, time.monotonic() - began_s)
+
+
+@contextlib.contextmanager
+def _served() -> Iterator[None]:
+    """A Prefect server answers inside; what the run needs is loaded while one is starting."""
+    server = temporary.start(settings())
+    if server is None:
+        yield
+        return
+    import flows.pipeline  # noqa: F401
+    from tasks.artifacts import ArtifactStore
+
+    def open_store() -> None:
+        ArtifactStore(settings()).client.search_experiments(max_results=1)
+
+    with server.ready(meanwhile=(open_store, *temporary.imports())):
+        yield
 
 
 def _show_result(result: Any, seconds: float) -> None:
-    from flows.tables import judge_table, registry_table, retrieval_table, stage_table
+    from flows.tables import judge_table, registry_table, retrieval_table, spent, stage_table
     from tasks.artifacts import ArtifactStore
     from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
 
@@ -98,7 +127,7 @@ def _show_result(result: Any, seconds: float) -> None:
     made, uri = sum(not r.cached for r in result.reports), masked(settings().tracking_uri)
     console.print(
         f"{len(result.reports)} stages, {made} made, {len(result.reports) - made} cached, "
-        f"{seconds:.0f} s in all.\n"
+        f"{seconds:.0f} s in all: {spent(result.reports, seconds)}.\n"
         f"MLflow:  mlflow ui --host 127.0.0.1 --backend-store-uri {uri}\n"
         f"Prefect: PREFECT_HOME={os.environ['PREFECT_HOME']} prefect server start\n"
         "Try:     relearn judge 'red couch' 'Blue leather sofa' --why   |   "

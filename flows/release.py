@@ -29,6 +29,7 @@ from tasks.release import (
 )
 from tasks.settings import settings
 from tasks.stage import Stage, current_settings, pipeline
+from tasks.temporary import lasting_server
 
 APPROVAL_POLL_S = 10
 """Seconds between two looks whether somebody has answered."""
@@ -110,7 +111,6 @@ def _ask(decision: Decision) -> tuple[bool, str]:
     from prefect.exceptions import FlowPauseTimeout
     from prefect.flow_runs import pause_flow_run
     from prefect.input import RunInput
-    from prefect.settings import PREFECT_API_URL
 
     class Approval(RunInput):
         """The form."""
@@ -118,7 +118,7 @@ def _ask(decision: Decision) -> tuple[bool, str]:
         promote: bool = False
         reason: str = ""
 
-    if not PREFECT_API_URL.value():
+    if not lasting_server():
         log.warning("no Prefect server with a UI to wait for: the candidate is held")
         return False, ""
     form = Approval.with_initial_data(description=decision.as_markdown())

@@ -89,6 +89,19 @@ def stage_table(reports: Sequence[StageReport]) -> Table:
     return table
 
 
+def spent(reports: Sequence[StageReport], seconds: float) -> str:
+    """What of `seconds` the stages took, and what the rest did: imports, servers, records.
+
+    Looking a cached stage up is the rest too; without a stage that was made there is no share.
+
+    >>> spent([], 10.0)
+    'stages 0.0 s, everything else 10.0 s'
+    """
+    stages = sum(r.seconds for r in reports if not r.cached)
+    share = f" ({(seconds - stages) / stages:.0%} on top)" if stages else ""
+    return f"stages {stages:.1f} s, everything else {seconds - stages:.1f} s{share}"
+
+
 def registry_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Registered versions."""
     table = Table(title="Registered", title_justify="left")

@@ -37,6 +37,7 @@ from tasks.ingest import open_store
 from tasks.lineage import find_artifact
 from tasks.publish import staleness
 from tasks.stage import StageContext, stage
+from tasks.temporary import lasting_server
 
 if TYPE_CHECKING:
     from tasks.release import Release
@@ -237,9 +238,8 @@ def send(
 ) -> bool:
     """Emit the event of a reaction; False where there is no server to take it."""
     from prefect.events import emit_event
-    from prefect.settings import PREFECT_API_URL
 
-    if not PREFECT_API_URL.value():
+    if not lasting_server():
         return False
     values = report.reactions[reaction]
     sent = emit_event(

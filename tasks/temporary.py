@@ -1,0 +1,205 @@
+"""A Prefect server for the length of one command, on a port of loopback that the system chooses.
+
+Prefect starts one by itself where no address is set, but late (its first client does, which loads
+the server's code into the command as well) and it outlives a command that is killed. This one is
+started first, so that both load at once on two cores, and ends with whoever started it:
+
+    server = start(settings())           # before anything imports Prefect
+    with server.ready(meanwhile=...):    # imports and the like, while it starts
+        run_pipeline(config)
+
+It serves what Prefect's own would: the API on the same database, without pages and without the
+services that watch deployments. `python -m tasks.temporary FD` is the server: it listens on the
+inherited socket FD until it gets SIGTERM or its standard input ends, as it does by itself when the
+command dies.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from models.errors import ServiceError, explain
+from tasks.settings import Settings
+
+LOOPBACK = "127.0.0.1"
+REPOSITORY = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 480.0
+"""As for `relearn up`: seconds on calm cores, minutes where all cores train."""
+STOP_TIMEOUT_S = 5.0
+STAGES_IMPORT = ("lancedb", "torch", "great_expectations", "sentence_transformers")
+"""What most stages load sooner or later, two to five seconds each."""
+BACKLOG = 128
+ELSEWHERE = (Path("prefect.toml"), Path("pyproject.toml"), Path(".env"))
+"""Where Prefect reads settings from besides the environment and its profiles."""
+FIXED = {
+    # there are no pages, so no links to them
+    "PREFECT_UI_URL": "",
+    # this server gives out no tokens: each client would ask for one in vain
+    "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
+}
+"""What the command's Prefect is told about this server."""
+
+_address = ""
+"""Of the server that this process started."""
+
+
+class TemporaryServer:
+    """A server that is starting, or has started; stop it with `stop` or by ending the process."""
+
+    def __init__(self) -> None:
+        with socket.socket() as listener:
+            listener.bind((LOOPBACK, 0))
+            listener.listen(BACKLOG)
+            self.url = f"http://{LOOPBACK}:{listener.getsockname()[1]}/api"
+            path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tasks.temporary", str(listener.fileno())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PREFECT_UI_ENABLED": "0"},
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+            )
+        self._answer: BaseException | None = None
+        self._asking = threading.Thread(target=self._ask, daemon=True)
+
+    def _ask(self) -> None:
+        """One request, which waits in the socket's queue until the server takes it."""
+        from urllib.request import ProxyHandler, build_opener
+
+        try:
+            opener = build_opener(ProxyHandler({}))
+            opener.open(f"{self.url}/health", timeout=START_TIMEOUT_S).close()
+        except BaseException as error:
+            self._answer = error
+
+    @contextlib.contextmanager
+    def ready(self, meanwhile: Iterable[Callable[[], object]] = ()) -> Iterator[None]:
+        """The server answers inside. Steps of `meanwhile` are taken until it does.
+
+        Flows inside send no heartbeats: nothing of this server listens for them, and the end of
+        every flow would wait up to a second for the thread that does.
+
+        Raises:
+            ServiceError: it ended while starting, or does not answer.
+        """
+        self._asking.start()
+        for step in meanwhile:
+            if not self._asking.is_alive():
+                break
+            step()
+        self._asking.join()
+        if self._answer is not None:
+            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it resets connections, then ends
+                code = self.process.wait(STOP_TIMEOUT_S)
+            ended = f", which ended with code {code}" if code is not None else ""
+            got = f"no answer from Prefect's temporary server{ended} ({self._answer})"
+            raise ServiceError(explain(got, "an answer", "read what it said above, then try again"))
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            yield
+
+    def stop(self) -> None:
+        """End it, at the latest after `STOP_TIMEOUT_S`."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def start(current: Settings) -> TemporaryServer | None:
+    """Start a server and point this process at it; None where Prefect is to find one by itself.
+
+    That is so where an address is set, where Prefect has been imported (it has read its settings),
+    and where there are settings in files, which may name an address.
+    """
+    global _address
+    if "prefect" in sys.modules or os.environ.get("PREFECT_API_URL") or _settings_in_files(current):
+        return None
+    server = TemporaryServer()
+    # registered before any handler of Prefect's, so it runs after them: they send what is left
+    atexit.register(server.stop)
+    _address = server.url
+    os.environ["PREFECT_API_URL"] = server.url
+    for name, value in FIXED.items():
+        os.environ.setdefault(name, value)
+    return server
+
+
+def imports(names: Iterable[str] = STAGES_IMPORT) -> Iterator[Callable[[], object]]:
+    """Steps for `ready`: one import each, in this thread, as two at once can deadlock."""
+    return (functools.partial(importlib.import_module, name) for name in names)
+
+
+def lasting_server() -> bool:
+    """Whether Prefect uses a server that was there before this command and has pages."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    return bool(url) and url != _address
+
+
+def _settings_in_files(current: Settings) -> bool:
+    home = Path(os.environ.get("PREFECT_HOME", current.home / "prefect"))
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml"))
+    if os.environ.get("PREFECT_PROFILE") or profiles.expanduser().exists():
+        return True
+    found = (path for path in ELSEWHERE if path.is_file())
+    return any(_names_prefect(path) for path in found)
+
+
+def _names_prefect(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.name == "pyproject.toml":
+        return "[tool.prefect" in text
+    return path.name == "prefect.toml" or "PREFECT_" in text.upper()
+
+
+def main() -> None:
+    """Be the server, as `python -m tasks.temporary FD`."""
+    left = threading.Event()
+    threading.Thread(target=_watch, args=(left,), daemon=True).start()
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    if left.is_set():
+        return
+    app = create_app(ephemeral=True, final=True)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    threading.Thread(target=_leave, args=(left, server), daemon=True).start()
+    server.run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
+
+
+def _watch(left: threading.Event) -> None:
+    """Standard input is a pipe that nothing is ever written to: it ends with the command.
+
+    Read without Python's buffer, whose lock a thread must not hold when the interpreter ends.
+    """
+    os.read(0, 1)
+    left.set()
+
+
+def _leave(left: threading.Event, server: object) -> None:
+    left.wait()
+    server.should_exit = True  # type: ignore[attr-defined]
+    time.sleep(STOP_TIMEOUT_S)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
