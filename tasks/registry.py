@@ -72,17 +72,19 @@ def register(
     source = write_model(store, ref) if servable(ref) else ref.uri
     with FileLock(store.lock_file(f"registry-{name}")):
         _ensure_model(store.client, name)
+        wanted = _tags(metrics, tags)
         same = _versions_of(store.client, name, ref.fingerprint)
         kept = next((v for v in same if _data_uri(v.source) == ref.uri), None)
         if kept is None:
-            _create(store.client, name, ref, source)
+            _create(store.client, name, ref, source, wanted)
             # more than one where an answer was lost and the request was sent again
             same = _versions_of(store.client, name, ref.fingerprint)
             whole = (v for v in same if _data_uri(v.source) == ref.uri)
             kept = min(whole, key=lambda v: int(v.version))
         version = str(kept.version)
-        for key, value in _tags(metrics, tags).items():
-            store.client.set_model_version_tag(name, version, key, value)
+        for key, value in wanted.items():
+            if kept.tags.get(key) != value:
+                store.client.set_model_version_tag(name, version, key, value)
         for stale in same:
             if str(stale.version) != version:
                 _replace(store.client, name, str(stale.version), version)
@@ -167,7 +169,9 @@ def _data_uri(source: str) -> str:
     return source if source.endswith(f"/{DATA}") else f"{source}/{DATA}"
 
 
-def _create(client: MlflowClient, name: str, ref: ArtifactRef, source: str) -> None:
+def _create(
+    client: MlflowClient, name: str, ref: ArtifactRef, source: str, tags: Mapping[str, str]
+) -> None:
     own = {
         f"{TAG}fingerprint": ref.fingerprint,
         f"{TAG}kind": ref.kind,
@@ -175,7 +179,7 @@ def _create(client: MlflowClient, name: str, ref: ArtifactRef, source: str) -> N
         f"{TAG}parents": " ".join(ref.parents),
     }
     client.create_model_version(
-        name, source=source, run_id=ref.run_id or None, tags=own, description=ref.label
+        name, source=source, run_id=ref.run_id or None, tags={**tags, **own}, description=ref.label
     )
 
 

@@ -137,3 +137,27 @@ def test_lineage_of_nothing_lists_what_there_is(current: Settings, name: str) ->
     made()
     with pytest.raises(ArtifactError, match="one of ingest, train"):
         lineage(name)
+
+
+def test_only_what_changed_is_written(current: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    written: list[str] = []
+    set_tag = MlflowClient.set_model_version_tag
+
+    def counted(client: Any, name: str, version: str, key: str, value: str) -> None:
+        written.append(key)
+        set_tag(client, name, version, key, value)
+
+    monkeypatch.setattr(MlflowClient, "set_model_version_tag", counted)
+    ref = made()
+    for metrics, expected in (
+        ({"f1": 0.5, "n": 4}, []),  # they are in the request that makes the version
+        ({"f1": 0.5, "n": 4}, []),
+        ({"f1": 0.75, "n": 4}, ["metric.f1"]),
+    ):
+        written.clear()
+        registry.register("judge", ref, metrics, {"evaluation": "a"})
+        assert written == expected
+        (only,) = registry.versions("judge")
+        assert (only.metrics, only.tags) == (metrics, {"evaluation": "a"})
