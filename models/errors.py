@@ -28,7 +28,7 @@ class WeightsError(RelearnError, OSError):
 
 
 class ServiceError(RelearnError, RuntimeError):
-    """A server or worker of `relearn up` that did not start, or did not stop."""
+    """A server, or the worker of `relearn up`, that did not start, or did not stop."""
 
 
 class StoreError(RelearnError, RuntimeError):

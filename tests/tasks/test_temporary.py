@@ -139,14 +139,18 @@ class NoServer(temporary.TemporaryServer):
 
 
 def test_steps_are_taken_only_while_the_server_starts() -> None:
-    answered, taken = threading.Event(), []
+    answered = threading.Event()
+    taken: list[int] = []
+
+    def ask() -> None:
+        answered.wait(TIMEOUT_S)
 
     def second() -> None:
         taken.append(2)
         answered.set()
         server._asking.join()
 
-    server = NoServer(lambda: answered.wait(TIMEOUT_S) and None)
+    server = NoServer(ask)
     steps = (lambda: taken.append(1), second, lambda: taken.append(3))
     with server.ready(meanwhile=steps):
         assert taken == [1, 2]
