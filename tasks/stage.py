@@ -45,6 +45,7 @@ from tasks.artifacts import (
     ArtifactRef,
     ArtifactStore,
     Identity,
+    Lookup,
     flatten,
     identify,
     refs_in,
@@ -511,12 +512,13 @@ class Stage:
         current = current_settings()
         store = ArtifactStore(current)
         log = _run_log()
-        report = self._cached(store, identity, log, started)
+        report = self._cached(store, identity, store.find(identity.fingerprint), log, started)
         if report is None:
             with _only_one(store, identity, log):
                 # another process may have made it while this one waited
-                report = self._cached(store, identity, log, started) or self._make(
-                    store, identity, bound, log, started
+                found = store.find(identity.fingerprint)
+                report = self._cached(store, identity, found, log, started) or self._make(
+                    store, identity, bound, found.reason, log, started
                 )
         outer = _pipeline.get()
         if outer is not None:
@@ -529,9 +531,8 @@ class Stage:
         return report
 
     def _cached(
-        self, store: ArtifactStore, identity: Identity, log: Log, started: float
+        self, store: ArtifactStore, identity: Identity, found: Lookup, log: Log, started: float
     ) -> StageReport | None:
-        found = store.find(identity.fingerprint)
         if found.ref is None:
             return None
         reason = f"cached: {found.ref.label} made {found.made} in run {found.ref.run_id}"
@@ -545,12 +546,14 @@ class Stage:
         store: ArtifactStore,
         identity: Identity,
         bound: Mapping[str, Any],
+        lost: str,
         log: Log,
         started: float,
     ) -> StageReport:
+        """lost: what is wrong with an artifact that was made before, "" without one."""
         fingerprint = identity.fingerprint
         stale = store.forget_unfinished(fingerprint, socket.gethostname())
-        why = store.find(fingerprint).reason or store.why(identity)
+        why = lost or store.why(identity)
         going_on = store.scratch(fingerprint).exists()
         log.info("%s: %s%s", self.name, why, "; going on from its checkpoint" if going_on else "")
         if stale:
