@@ -146,8 +146,8 @@ def small(store: str = "synthetic") -> PipelineConfig:
     Labels that people gave are noisier than generated ones: other stores probe three times as many.
     """
     top = OptimiserConfig(lr=2.5e-4, train_layers=10, checkpoint_every=25)
-    # ten steps at 2e-5 moved the features away from under the grade rows (infra/LOG.md)
-    gentle = top.model_copy(update={"lr": 5e-6, "schedule": "constant_with_warmup"})
+    # ten steps at 5e-6 moved the features away from under the grade rows (infra/LOG.md)
+    gentle = top.model_copy(update={"lr": 3e-6, "schedule": "constant_with_warmup"})
     sft_pairs, probe_pairs = 400, 400 if store == "synthetic" else 1200
     return PipelineConfig(
         name=store,
@@ -165,9 +165,11 @@ def small(store: str = "synthetic") -> PipelineConfig:
             ),
             probe=ProbeConfig(max_pairs=probe_pairs),
             pass_at_n=PassAtNConfig(prompts=32, samples=4, max_new_tokens=56),
-            dpo=DpoConfig(optimiser=gentle, micro_batch=6, accumulate=1),
+            dpo=DpoConfig(
+                optimiser=gentle.model_copy(update={"lr": 2e-6}), micro_batch=6, accumulate=1
+            ),
             grpo=GrpoConfig(
-                optimiser=gentle.model_copy(update={"lr": 3e-6}),
+                optimiser=gentle,
                 pool=PoolConfig(candidates=72, size=36),
                 steps=3,
                 prompts_per_step=4,

@@ -146,7 +146,7 @@ def judge_probe(
     )
 
 
-@stage(name="judge_pass_at_n", kind="judge", code_version="2")
+@stage(name="judge_pass_at_n", kind="judge", code_version="3")
 def judge_pass_at_n(
     ctx: StageContext,
     config: PassAtNConfig,

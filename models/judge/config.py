@@ -123,7 +123,7 @@ class ProbeConfig(BaseModel):
     """Training pairs read once, class-balanced; those that SFT did not train on come first."""
     l2: float = Field(1e-3, ge=0)
     """Weight of the squared norm of the probe, its features scaled to a mean square of one."""
-    quiet: float = Field(0.03, ge=0)
+    quiet: float = Field(0.02, ge=0)
     """Weight of the mean squared logit that the moved rows add where no grade is due."""
     bf16: bool = True
     """Read the features under bf16 autocast where the device has it, as scoring does."""

@@ -24,14 +24,18 @@ from models.judge.cot_sft import draw_pairs
 from models.judge.scoring import ScoringJudge
 from models.lm.rollout import sample
 from models.rules.table import contradicts
-from models.teacher.response import Response, parse_response
+from models.teacher.response import ParseOutcome, Response, parse_response
 from models.teacher.template import write
 from models.types import Pair
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One sampled response of one pair."""
+    """One sampled response of one pair.
+
+    correct: well formed, of the gold grade, and not in contradiction with itself. malformed: it
+    ended, and not in the format.
+    """
 
     query_id: str
     product_id: str
@@ -41,6 +45,7 @@ class Sampled:
     finished: bool
     correct: bool
     contradicting: bool
+    malformed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,8 @@ def sample_responses(
             text = encoder.decode(rollout.ids)
             response = parse_response(text, encoder.config.order, rollout.finished)
             bad = is_contradicting(response)
-            right = response.grade == pair.grade and not bad and rollout.finished
+            whole = response.outcome is ParseOutcome.OK
+            right = whole and response.grade == pair.grade and not bad
             row.append(
                 Sampled(
                     pair.query.query_id,
@@ -100,6 +106,7 @@ def sample_responses(
                     rollout.finished,
                     right,
                     bad,
+                    rollout.finished and not whole,
                 )
             )
         out.append(row)
@@ -168,7 +175,7 @@ def make_preferences(
         "preferences": len(preferences),
         "self_correction": own,
         "oracle_guidance": len(preferences) - own,
-        "malformed_share": sum(s.grade is None for s in flat) / len(flat),
+        "malformed_share": sum(s.malformed for s in flat) / len(flat),
         "truncated_share": sum(not s.finished for s in flat) / len(flat),
         "contradiction_rate": sum(s.contradicting for s in flat) / len(flat),
     }

@@ -6,17 +6,18 @@ judge with an output layer of its own, in which the four grade rows are moved by
 Ours. Gradient steps that teach a small model to reason move the features under the grade rows
 faster than they move the rows, and grades suffer; one forward pass over fresh pairs and a convex
 fit put the rows where the features now are (infra/LOG.md). The rows move against each other only
-(their mean stays) and are held still for what the layer reads where no grade is due.
+(their mean stays) and are held still for what the layer reads in a response after the grade.
 
 Tensor legend: N pairs, D hidden size, L grades.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from models.judge.prompt import PromptEncoder
 from models.judge.scoring import chunks
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import save_whole
-from models.lm.shared_prefix import SharedPrefixLM, build_tree
+from models.lm.shared_prefix import Frontier, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
+from models.teacher.template import write
 from models.types import Pair
 
+RESPONSES = 96
+"""Pairs whose responses are read to keep the rows quiet in them."""
 MAX_ITERATIONS = 200
 """A bound only: the problem is convex and LBFGS stops by itself."""
 
@@ -94,7 +98,8 @@ def fit_grade_rows(
 
     [TaoSR1 s3.1.probe, ours]
     """
-    states_ND, gram_DD = answer_states(model, encoder, pairs)
+    states_ND = answer_states(model, encoder, pairs)
+    gram_DD = response_gram(model, encoder, pairs[:RESPONSES])
     labels_N = torch.tensor([p.grade - 1 for p in pairs], device=model.device)
     rows_LD = _head(model.lm).weight[encoder.label_ids].detach().float()
     delta_LD, metrics = fit_probe(states_ND, gram_DD, labels_N, rows_LD, config)
@@ -107,29 +112,50 @@ def fit_grade_rows(
 @torch.no_grad()
 def answer_states(
     model: SharedPrefixLM, encoder: PromptEncoder, pairs: Sequence[Pair]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the output layer reads where the grade is due, and what it reads elsewhere.
-
-    Returns:
-        [N, D] float32 in pair order, and [D, D]: mean h h^T over prompt tokens before the last.
-    """
-    was_training = model.training
-    model.eval()
-    root, _ = model.prefill(build_tree([(encoder.root,)]).to(model.device))
+) -> torch.Tensor:
+    """[N, D] float32 in pair order: what the output layer reads where the grade is due."""
     tails = [encoder.prompt(p.query, p.product)[1:] for p in pairs]
-    parts, gram_DD, count = [], torch.zeros((), device=model.device), 0
     order: list[int] = []
-    for rows, tree in chunks(tails, desc="probe"):
-        order += rows
-        last_PD, before_MD = model.states(tree.to(model.device), root)
-        parts.append(last_PD.float())
-        gram_DD = gram_DD + before_MD.float().T @ before_MD.float()
-        count += len(before_MD)
-    model.train(was_training)
+    parts = []
+    with _rules_read(model, encoder) as root:
+        for rows, tree in chunks(tails, desc="probe"):
+            order += rows
+            parts.append(model.states(tree.to(model.device), root)[0].float())
     sorted_ND = torch.cat(parts)
     states_ND = torch.empty_like(sorted_ND)
     states_ND[order] = sorted_ND
-    return states_ND, gram_DD / max(count, 1)
+    return states_ND
+
+
+@torch.no_grad()
+def response_gram(
+    model: SharedPrefixLM, encoder: PromptEncoder, pairs: Sequence[Pair]
+) -> torch.Tensor:
+    """[D, D]: mean h h^T over what the output layer reads in the template's responses after the
+    grade: where the judge writes, and no grade is due."""
+    order = encoder.config.order
+    paths = [
+        (*encoder.prompt(p.query, p.product)[1:], encoder.response_segment(write(p, order)))
+        for p in pairs
+    ]
+    gram_DD, count = torch.zeros((), device=model.device), 0
+    with _rules_read(model, encoder) as root:
+        for _, tree in chunks(paths, desc="probe: responses", pass_tokens=-1):
+            own_MD = model.states(tree.to(model.device), root)[1].float()
+            gram_DD = gram_DD + own_MD.T @ own_MD
+            count += len(own_MD)
+    return gram_DD / max(count, 1)
+
+
+@contextlib.contextmanager
+def _rules_read(model: SharedPrefixLM, encoder: PromptEncoder) -> Iterator[Frontier]:
+    """The rules' frontier; the model does not train inside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model.prefill(build_tree([(encoder.root,)]).to(model.device))[0]
+    finally:
+        model.train(was_training)
 
 
 def fit_probe(

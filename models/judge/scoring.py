@@ -123,14 +123,17 @@ class ScoringJudge:
 
 
 def chunks(
-    tails: Sequence[TokenPath], rows_at_once: int = ROWS_AT_ONCE, desc: str = ""
+    tails: Sequence[TokenPath],
+    rows_at_once: int = ROWS_AT_ONCE,
+    desc: str = "",
+    pass_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], PromptTree]]:
     """Places of prompts without their rules and the tree of those, neighbours by query and length.
 
-    desc: of a progress bar; none without it.
+    desc: of a progress bar; none without it. pass_tokens: as for `build_tree`.
     """
     order = sorted(range(len(tails)), key=lambda i: (tails[i][0], len(tails[i][1])))
     starts = range(0, len(order), rows_at_once)
     for start in tqdm(starts, desc=desc, disable=not desc, leave=False):
         rows = order[start : start + rows_at_once]
-        yield rows, build_tree([tails[i] for i in rows])
+        yield rows, build_tree([tails[i] for i in rows], pass_tokens)

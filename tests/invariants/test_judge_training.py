@@ -44,7 +44,13 @@ from models.judge.cot_sft import (
 from models.judge.dpo import train_dpo
 from models.judge.grpo import train_grpo
 from models.judge.pool import PromptPool, choose_pool
-from models.judge.preferences import Preference, Sampled, build_preferences, pass_at
+from models.judge.preferences import (
+    Preference,
+    Sampled,
+    build_preferences,
+    pass_at,
+    sample_responses,
+)
 from models.judge.prompt import PromptEncoder
 from models.judge.sampler import GroupSampler
 from models.judge.scoring import ScoringJudge
@@ -475,6 +481,23 @@ def sampled(text: str, grade: int | None, correct: bool = False, finished: bool 
 
 RIGHT, OTHER_RIGHT = sampled("4 a", 4, True), sampled("4 b", 4, True)
 WRONG, LESS_WRONG, CUT = sampled("1 x", 1), sampled("3 y", 3), sampled("2 z", 2, finished=False)
+
+
+def test_right_is_a_whole_response_of_the_gold_grade_that_agrees_with_itself(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = ScoringJudge.open(base, SPEC)
+    steps = "query: a\nitem: b\ncategory: {}\nattributes: none\ndecision: excellent"
+    match = steps.format("match")
+    texts = [f"4\n{match}", f"4\n3\n{match}", f"4\n{steps.format('mismatch')}", f"3\n{match}", "4"]
+    drawn = [Rollout(scorer.encoder.segment(t), (), t != "4") for t in texts]
+    monkeypatch.setattr("models.judge.preferences.sample", lambda *_, **__: [drawn])
+    (group,) = sample_responses(scorer, [make_pair(grade=4)], PassAtNConfig(samples=5))
+    assert [s.text for s in group] == texts
+    assert [s.correct for s in group] == [True, False, False, False, False]
+    assert [s.malformed for s in group] == [False, True, False, False, False], "a cut one is cut"
+    made = build_preferences([make_pair(grade=4)], [group], PassAtNConfig(), "respond_then_think")
+    assert [(p.chosen, p.rejected) for p in made] == [(texts[0], texts[1]), (texts[0], texts[3])]
 
 
 def test_pass_at_is_unbiased_over_order() -> None:

@@ -17,6 +17,7 @@ from models.judge.probe import (
     fit_grade_rows,
     fit_probe,
     fresh_first,
+    response_gram,
     train_probe,
     untie_head,
 )
@@ -24,8 +25,9 @@ from models.judge.prompt import PromptEncoder
 from models.judge.scoring import ScoringJudge
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import save_whole
-from models.lm.shared_prefix import SharedPrefixLM
+from models.lm.shared_prefix import Segment, SharedPrefixLM
 from models.lm.weights import load_lm
+from models.teacher.template import write
 from models.types import Pair
 from tests.builders import make_pairs, make_tiny_judge
 
@@ -83,18 +85,31 @@ def test_states_are_in_pair_order_and_those_of_the_plain_forward(
     base: str, pairs: list[Pair]
 ) -> None:
     model, encoder = opened(base)
-    got_ND, gram_DD = answer_states(model, encoder, pairs[:1])
-    got_ND = torch.cat([got_ND, answer_states(model, encoder, pairs[1:7])[0]])
-    for i, (row, pair) in enumerate(zip(got_ND, pairs[:7], strict=True)):
-        root, *tail = encoder.prompt(pair.query, pair.product)
-        ids = torch.tensor([sum((root, *tail), ())])
-        with torch.no_grad():
-            want_TD = model.lm.model(ids).last_hidden_state[0]
+    got_ND = answer_states(model, encoder, pairs[:7])
+    for row, pair in zip(got_ND, pairs[:7], strict=True):
+        want_TD = plain_states(model, sum(encoder.prompt(pair.query, pair.product), ()))
         assert torch.allclose(row, want_TD[-1], atol=1e-4)
-        if i == 0:
-            rest_TD = want_TD[len(root) : -1]
-            want_DD = rest_TD.T @ rest_TD / len(rest_TD)
-            assert torch.allclose(gram_DD, want_DD, atol=1e-4)
+
+
+def test_elsewhere_is_in_the_response_after_its_grade(base: str, pairs: list[Pair]) -> None:
+    """What writes the second token of the teacher's response to its last, and nothing before."""
+    model, encoder = opened(base)
+    model.train()
+    wanted = []
+    for pair in pairs[:3]:
+        response = encoder.response_segment(write(pair, encoder.config.order))
+        path = (*encoder.prompt(pair.query, pair.product), response)
+        wanted.append(plain_states(model, sum(path, ()))[-len(response) : -1])
+    want_MD = torch.cat(wanted)
+    gram_DD = response_gram(model, encoder, pairs[:3])
+    assert torch.allclose(gram_DD, want_MD.T @ want_MD / len(want_MD), atol=1e-4)
+    assert model.training, "left as it was"
+
+
+@torch.no_grad()
+def plain_states(model: SharedPrefixLM, ids: Segment) -> torch.Tensor:
+    """[T, D]: what the output layer reads at every token of one text."""
+    return model.lm.model(torch.tensor([ids])).last_hidden_state[0]
 
 
 def test_only_the_grade_rows_move_and_a_reloaded_model_has_them(
