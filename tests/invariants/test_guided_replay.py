@@ -512,9 +512,9 @@ def test_no_hint_and_no_gold_grade_reaches_a_scoring_prompt(
     encoder = PromptEncoder(tokenizer, JudgeSpec(PromptConfig(), rules=RULES))
     read: list[str] = []
 
-    def spy(paths: Sequence[TokenPath]) -> Any:
+    def spy(paths: Sequence[TokenPath], pass_tokens: int | None = None) -> Any:
         read.extend(tokenizer.decode([i for s in path for i in s]) for path in paths)
-        return build_tree(paths)
+        return build_tree(paths, pass_tokens)
 
     monkeypatch.setattr(scoring, "build_tree", spy)
     scorer = ScoringJudge(SharedPrefixLM(lm), encoder)
