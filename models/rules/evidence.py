@@ -187,7 +187,8 @@ def _overlap(
     stems: Sequence[str], near: Sequence[float], have: Sequence[str], weights: WordWeights
 ) -> Overlap:
     heavy = [weights.weight(stem) for stem in stems]
-    both = set(stems) & set(have)
+    there = set(have)
+    both = [stem for stem in dict.fromkeys(stems) if stem in there]  # in order: sums must not vary
     whole = sum(weights.weight(term) for term in have)
     last: Literal["early", "late", "close", "missing"] = "missing"
     if near[-1] == 1.0:
@@ -202,7 +203,7 @@ def _overlap(
         weakest=min(near),
         heaviest_found=near[heavy.index(max(heavy))] > FOUND,
         item_share=sum(weights.weight(s) for s in both) / (whole or 1.0),
-        jaccard=len(both) / len(set(stems) | set(have)),
+        jaccard=len(both) / len(there | set(stems)),
         pairs=sum(p in neighbours for p in pairwise(stems)) / max(1, len(stems) - 1),
         numbers=sum(numbers) / len(numbers) if numbers else None,
         item_words=len(have),

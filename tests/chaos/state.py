@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMED = re.compile(r"^stage/|latency|duration|(_s|_ms|per_s)$")
+TIMED = re.compile(r"^stage/|latency|duration|(_s|_ms|per_s|step_time|rollout_share)$")
 """Metrics that two undisturbed runs do not share."""
 DATED = "data_docs/"
 """Great Expectations' pages hold the time of the validation."""

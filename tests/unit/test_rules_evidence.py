@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +165,30 @@ def test_evidence_of_a_price_limit(price: float | None, ok: bool | None) -> None
     evidence = gather(Query("q", "sofa under $60"), Product("p", "Sofa", price=price))
     assert (evidence.price_limit, evidence.price_ok) == (60.0, ok)
     assert evidence.found == ("sofa",) and evidence.missing == ()
+
+
+def test_numbers_do_not_hang_on_the_hash_seed() -> None:
+    """A sum over a set of words differs in its last digits from process to process."""
+    code = (
+        "from models.rules.evidence import gather\n"
+        "from models.rules.words import WordWeights\n"
+        "from models.types import Product, Query\n"
+        "words = [f'word{chr(97 + i)}{chr(97 + i)}' for i in range(20)]\n"
+        "weights = WordWeights(9973, {w: 7 * i * i + 1 for i, w in enumerate(words)})\n"
+        "for i in range(12):\n"
+        "    text = ' '.join(words[i : i + 8])\n"
+        "    e = gather(Query('q', text), Product('p', text + ' more'), weights=weights)\n"
+        "    print(e.overlap)\n"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(1, 5)
+    }
+    assert len(found) == 1 and "Overlap(" in found.pop()
