@@ -91,16 +91,15 @@ class AdditiveModel:
         """
         read_N = fold_N != without
         plain_NB = _basis(x_NF, [()] * x_NF.shape[1])
-        penalty = _best(plain_NB, y_N, fold_N, read_N)
-        residual_N = y_N - _cross_fitted(plain_NB, y_N, fold_N, read_N, penalty)
+        residual_N = y_N - _cross_fitted(plain_NB, y_N, fold_N, read_N)[1]
         x_NF = np.hstack([occurrences.shifts(residual_N, without), x_NF])
         bends = [_bends(column_N[read_N]) if bent else [] for column_N in x_NF.T]
         basis_NB = _basis(x_NF, bends)
-        penalty = _best(basis_NB, y_N, fold_N, read_N)
+        penalty, unseen_N = _cross_fitted(basis_NB, y_N, fold_N, read_N)
         weights_B = _ridge(basis_NB[read_N], y_N[read_N], penalty)
-        unseen_N = _cross_fitted(basis_NB, y_N, fold_N, read_N, penalty)[read_N]
-        count = Counter(grade_N[read_N].tolist())
-        knots = _quantiles(unseen_N, np.array([1 / count[g] for g in grade_N[read_N].tolist()]))
+        grades = grade_N[read_N].tolist()
+        count = Counter(grades)
+        knots = _quantiles(unseen_N[read_N], np.array([1 / count[g] for g in grades]))
         words = occurrences.associations(residual_N, without)
         return cls(words, bends, weights_B.tolist(), knots.tolist())
 
@@ -206,25 +205,23 @@ def _basis(x_NF: np.ndarray, bends: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _cross_fitted(
-    x_NB: np.ndarray, y_N: np.ndarray, fold_N: np.ndarray, read_N: np.ndarray, penalty: float
-) -> np.ndarray:
-    """What the other folds that are read predict of each pair, [N]."""
-    out_N = np.empty(len(y_N))
-    for fold in range(FOLDS):
-        rest_N = read_N & (fold_N != fold)
-        out_N[fold_N == fold] = x_NB[fold_N == fold] @ _ridge(x_NB[rest_N], y_N[rest_N], penalty)
-    return out_N
+    x_NB: np.ndarray, y_N: np.ndarray, fold_N: np.ndarray, read_N: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """What the other folds that are read predict of each pair, [N], by the penalty of RIDGES whose
+    squared error on pairs that are read is least, the largest of equals; that penalty first.
 
-
-def _best(x_NB: np.ndarray, y_N: np.ndarray, fold_N: np.ndarray, read_N: np.ndarray) -> float:
-    """The penalty of RIDGES whose squared error is least on folds that were left out; the largest
-    of equals. Shifts of words, where `x_NB` has them, know those folds a little."""
+    Shifts of words, where `x_NB` has them, know the folds that are left out a little.
+    """
+    predicted = {penalty: np.empty(len(y_N)) for penalty in RIDGES}
     errors = dict.fromkeys(RIDGES, 0.0)
     for fold in range(FOLDS):
-        own_N, rest_N = read_N & (fold_N == fold), read_N & (fold_N != fold)
+        fold_is_N = fold_N == fold
+        own_N, rest_N = read_N & fold_is_N, read_N & ~fold_is_N
         for penalty, weights_B in _ridges(x_NB[rest_N], y_N[rest_N], RIDGES).items():
-            errors[penalty] += float(np.square(y_N[own_N] - x_NB[own_N] @ weights_B).sum())
-    return min(errors, key=lambda penalty: (errors[penalty], -penalty))
+            predicted[penalty][fold_is_N] = x_NB[fold_is_N] @ weights_B
+            errors[penalty] += float(np.square(y_N[own_N] - predicted[penalty][own_N]).sum())
+    best = min(errors, key=lambda penalty: (errors[penalty], -penalty))
+    return best, predicted[best]
 
 
 def _ridge(x_NB: np.ndarray, y_N: np.ndarray, penalty: float) -> np.ndarray:
