@@ -143,12 +143,16 @@ def _prompt(store: str) -> PromptConfig:
 def small(store: str = "synthetic") -> PipelineConfig:
     """SmolLM2-135M-Instruct and all-MiniLM-L6-v2 on two CPU cores: a coffee break.
 
-    Labels that people gave are noisier than generated ones: other stores probe three times as many.
+    Labels that people gave are noisier than generated ones: other stores probe more pairs, and
+    smooth their labels more.
     """
     top = OptimiserConfig(lr=2.5e-4, train_layers=10, checkpoint_every=25)
     # ten steps at 5e-6 moved the features away from under the grade rows (infra/LOG.md)
     gentle = top.model_copy(update={"lr": 3e-6, "schedule": "constant_with_warmup"})
-    sft_pairs, probe_pairs = 400, 400 if store == "synthetic" else 1200
+    sft_pairs = 400
+    probe = ProbeConfig(max_pairs=800)
+    if store != "synthetic":
+        probe = ProbeConfig(max_pairs=1200, smoothing=0.85)
     return PipelineConfig(
         name=store,
         data=DataConfig(source=_source(store)),
@@ -163,7 +167,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 micro_batch=8,
                 accumulate=1,
             ),
-            probe=ProbeConfig(max_pairs=probe_pairs),
+            probe=probe,
             pass_at_n=PassAtNConfig(prompts=32, samples=4, max_new_tokens=56),
             dpo=DpoConfig(
                 optimiser=gentle.model_copy(update={"lr": 2e-6}), micro_batch=6, accumulate=1
@@ -198,7 +202,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
             evaluation=RetrievalEvalConfig(judged_queries=12),
         ),
         ablation=JudgeAblationConfig(
-            cross_encoder=CrossEncoderConfig(max_pairs=sft_pairs + probe_pairs),
+            cross_encoder=CrossEncoderConfig(max_pairs=sft_pairs + probe.max_pairs),
             samples=SamplesConfig(prompts=32, max_new_tokens=56),
         ),
     )

@@ -119,7 +119,7 @@ def judge_cot_sft(
     )
 
 
-@stage(name="judge_probe", kind="judge", code_version="1")
+@stage(name="judge_probe", kind="judge", code_version="2")
 def judge_probe(
     ctx: StageContext,
     config: ProbeConfig,

@@ -121,9 +121,12 @@ class ProbeConfig(BaseModel):
 
     max_pairs: int = Field(1000, ge=1)
     """Training pairs read once, class-balanced; those that SFT did not train on come first."""
-    l2: float = Field(1e-2, ge=0)
+    smoothing: float = Field(0.7, ge=0, le=1)
+    """Share of a pair's target that is what the words' estimate says of its grade; 0: labels alone.
+    A label is one draw and noisy; the estimate has read every labelled pair."""
+    l2: float = Field(1e-3, ge=0)
     """Weight of the squared norm of the probe, its features scaled to a mean square of one."""
-    quiet: float = Field(0.1, ge=0)
+    quiet: float = Field(0.02, ge=0)
     """Weight of the mean squared logit that the moved rows add where no grade is due."""
     bf16: bool = True
     """Read the features under bf16 autocast where the device has it, as scoring does."""

@@ -6,7 +6,9 @@ judge with an output layer of its own, in which the four grade rows are moved by
 Ours. Gradient steps that teach a small model to reason move the features under the grade rows
 faster than they move the rows, and grades suffer; one forward pass over fresh pairs and a convex
 fit put the rows where the features now are (infra/LOG.md). The rows move against each other only
-(their mean stays) and are held still for what the layer reads in a response after the grade.
+(their mean stays) and are held still for what the layer reads in a response after the grade. Their
+targets are labels smoothed towards what the words' estimate, which knows every labelled pair, says
+of the grade: a few hundred noisy labels alone teach 576 features mostly noise.
 
 Tensor legend: N pairs, D hidden size, L grades.
 """
@@ -17,7 +19,7 @@ import contextlib
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,14 @@ from models.judge.trainer import save_whole
 from models.lm.shared_prefix import Frontier, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
 from models.teacher.template import write
-from models.types import Pair
+from models.types import GRADES, Pair
 
 RESPONSES = 96
 """Pairs whose responses are read to keep the rows quiet in them."""
 MAX_ITERATIONS = 200
-"""A bound only: the problem is convex and LBFGS stops by itself."""
+"""A bound only: the problems are convex and LBFGS stops by itself."""
+POSTERIOR_L2 = 1e-4
+"""Keeps the reading of the estimate finite where it tells grades apart without fail."""
 
 
 def train_probe(
@@ -100,13 +104,37 @@ def fit_grade_rows(
     """
     states_ND = answer_states(model, encoder, pairs)
     gram_DD = response_gram(model, encoder, pairs[:RESPONSES])
-    labels_N = torch.tensor([p.grade - 1 for p in pairs], device=model.device)
+    targets_NL = smoothed_targets(pairs, encoder.spec, config.smoothing)
     rows_LD = _head(model.lm).weight[encoder.label_ids].detach().float()
-    delta_LD, metrics = fit_probe(states_ND, gram_DD, labels_N, rows_LD, config)
+    delta_LD, metrics = fit_probe(states_ND, gram_DD, targets_NL, rows_LD, config)
     untie_head(model.lm)
     with torch.no_grad():
         _head(model.lm).weight[encoder.label_ids] += delta_LD
     return {"probe/pairs": len(pairs), **metrics}
+
+
+def smoothed_targets(pairs: Sequence[Pair], spec: JudgeSpec, smoothing: float) -> torch.Tensor:
+    """[N, L] float64: (1 - smoothing) label + smoothing P(grade | estimate).
+
+    P is a softmax in the estimate and its square, fitted to these labels; the estimate leaves a
+    training pair's own query out. Without an estimate, the labels.
+    """
+    labels_NL = torch.eye(len(GRADES)).double()[[p.grade - 1 for p in pairs]]
+    estimates = [spec.evidence(p.query, p.product)[1] for p in pairs]
+    known = [e for e in estimates if e is not None]
+    if len(known) < len(pairs):
+        return labels_NL
+    value_N = torch.tensor(known).double() - sum(GRADES) / len(GRADES)
+    powers_N3 = torch.stack([torch.ones_like(value_N), value_N, value_N.square()], dim=1)
+    weight_3L = torch.zeros(3, len(GRADES)).double().requires_grad_()
+
+    def loss() -> torch.Tensor:
+        nll = torch.nn.functional.cross_entropy(powers_N3 @ weight_3L, labels_NL)
+        return nll + POSTERIOR_L2 * weight_3L.square().sum()
+
+    minimise(loss, weight_3L)
+    says_NL = (powers_N3 @ weight_3L.detach()).softmax(1)
+    return (1 - smoothing) * labels_NL + smoothing * says_NL
 
 
 @torch.no_grad()
@@ -161,11 +189,11 @@ def _rules_read(model: SharedPrefixLM, encoder: PromptEncoder) -> Iterator[Front
 def fit_probe(
     states_ND: torch.Tensor,
     gram_DD: torch.Tensor,
-    labels_N: torch.Tensor,
+    targets_NL: torch.Tensor,
     rows_LD: torch.Tensor,
     config: ProbeConfig,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """delta_LD that minimises CE(softmax(h (rows + delta)^T), label) and stays quiet elsewhere.
+    """delta_LD that minimises CE(softmax(h (rows + delta)^T), target) and stays quiet elsewhere.
 
         mean CE + l2 |s delta|^2 + quiet E_elsewhere |delta h|^2
 
@@ -180,28 +208,24 @@ def fit_probe(
         DivergenceError: features that are not finite.
     """
     # LBFGS wants double precision: elsewhere is a hundred times louder than here
-    device, labels_N = rows_LD.device, labels_N.cpu()
-    states_ND, gram_DD, rows_LD = (x.cpu().double() for x in (states_ND, gram_DD, rows_LD))
+    device = rows_LD.device
+    states_ND, gram_DD, targets_NL, rows_LD = (
+        x.cpu().double() for x in (states_ND, gram_DD, targets_NL, rows_LD)
+    )
     scale_D = states_ND.square().mean(0).sqrt().clamp_min(1e-9)
     inputs_ND, gram_DD = states_ND / scale_D, gram_DD / scale_D / scale_D[:, None]
     base_NL = states_ND @ rows_LD.T
     weight_LD = torch.zeros_like(rows_LD, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [weight_LD], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
-    )
 
     def nll() -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(base_NL + inputs_ND @ weight_LD.T, labels_N)
+        return torch.nn.functional.cross_entropy(base_NL + inputs_ND @ weight_LD.T, targets_NL)
 
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
+    def loss() -> torch.Tensor:
         elsewhere = ((weight_LD @ gram_DD) * weight_LD).sum()
-        loss = nll() + config.l2 * weight_LD.square().sum() + config.quiet * elsewhere
-        loss.backward()
-        return loss
+        return nll() + config.l2 * weight_LD.square().sum() + config.quiet * elsewhere
 
     before = nll().item()
-    optimiser.step(closure)
+    minimise(loss, weight_LD)
     with torch.no_grad():
         delta_LD = weight_LD / scale_D
         after, loud = nll().item(), ((weight_LD @ gram_DD) * weight_LD).sum(1).mean().sqrt().item()
@@ -212,6 +236,19 @@ def fit_probe(
         do = "lower SFT's learning rate, or set judge.probe=null"
         raise DivergenceError(explain(got, "finite rows", do))
     return delta_LD.float().to(device), metrics
+
+
+def minimise(loss: Callable[[], torch.Tensor], weight: torch.Tensor) -> None:
+    """Move `weight` to where `loss`, convex in it, is least."""
+    optimiser = torch.optim.LBFGS([weight], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimiser.step(closure)
 
 
 def untie_head(lm: Any) -> None:

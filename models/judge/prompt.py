@@ -17,7 +17,6 @@ from models.errors import ConfigError, explain
 from models.judge.spec import JudgeSpec
 from models.lm.shared_prefix import Path, Segment
 from models.rules.base import RuleBase
-from models.rules.evidence import gather
 from models.teacher.response import verdict_spans
 from models.text import normalise, product_text
 from models.types import Product, Query
@@ -47,9 +46,7 @@ class PairText:
         text = " ".join(self.plain(product_text(product)).split())[: self.config.max_item_chars]
         if not self.config.evidence:
             return text, ""
-        spec = self.spec
-        evidence = gather(query, product, spec.kinds, spec.weights)
-        estimate = None if spec.estimate is None else spec.estimate(query, product, evidence)
+        evidence, estimate = self.spec.evidence(query, product)
         return f"{text}\n{evidence.lines()}".rstrip("\n"), evidence.summary(estimate)
 
 

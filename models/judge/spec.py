@@ -13,10 +13,10 @@ from models.evaluation.tiers import CumPT
 from models.judge.config import PromptConfig
 from models.rules.base import Rule, RuleBase, load_rules
 from models.rules.estimate import GradeEstimate
-from models.rules.evidence import gather
+from models.rules.evidence import Evidence, gather
 from models.rules.kinds import KindLexicon
 from models.rules.words import WordWeights
-from models.types import Pair, Product
+from models.types import Pair, Product, Query
 
 FILE = "judge.json"
 
@@ -50,6 +50,11 @@ class JudgeSpec:
         estimate = GradeEstimate.fit(pairs, lambda p: gather(p.query, p.product, kinds, weights))
         return cls(prompt, kinds, None, rules, weights, estimate)
 
+    def evidence(self, query: Query, product: Product) -> tuple[Evidence, float | None]:
+        """What words say of a pair, and the grade they speak for: None without an estimate."""
+        found = gather(query, product, self.kinds, self.weights)
+        return found, None if self.estimate is None else self.estimate(query, product, found)
+
     def calibrated(self, cumpt: CumPT) -> JudgeSpec:
         """The same with a CumPT reading."""
         return replace(self, cumpt=cumpt)
@@ -80,18 +85,21 @@ class JudgeSpec:
         if not path.is_file():
             raise ArtifactError(explain(f"no {FILE} in {folder}", "a judge folder", "train one"))
         body = json.loads(path.read_text(encoding="utf-8"))
-        if not {"cumpt", "estimate"} <= body.keys() or not _current(body["estimate"]):
-            got = f"{path} of an older version"
-            raise ArtifactError(explain(got, "CumPT's reading and an estimate", "train again"))
-        kinds = None if body["kinds"] is None else KindLexicon.from_json(body["kinds"])
+        try:
+            return cls._from_json(body)
+        except (KeyError, TypeError) as problem:
+            got = f"{path} of an older version ({problem})"
+            raise ArtifactError(explain(got, "what this version writes", "train again")) from None
+
+    @classmethod
+    def _from_json(cls, body: Mapping[str, Any]) -> JudgeSpec:
         prompt = PromptConfig(**body["prompt"])
-        rules = RuleBase(prompt.rules, tuple(Rule(**row) for row in body["rules"]))
-        cumpt = None if body["cumpt"] is None else CumPT(**body["cumpt"])
-        weights = None if body["weights"] is None else WordWeights.from_json(body["weights"])
-        first = body["estimate"]
-        estimate = None if first is None else GradeEstimate.from_json(first)
-        return cls(prompt, kinds, cumpt, rules, weights, estimate)
-
-
-def _current(estimate: Mapping[str, Any] | None) -> bool:
-    return estimate is None or "models" in estimate
+        kinds, weights, estimate = body["kinds"], body["weights"], body["estimate"]
+        return cls(
+            prompt,
+            kinds=None if kinds is None else KindLexicon.from_json(kinds),
+            cumpt=None if body["cumpt"] is None else CumPT(**body["cumpt"]),
+            rules=RuleBase(prompt.rules, tuple(Rule(**row) for row in body["rules"])),
+            weights=None if weights is None else WordWeights.from_json(weights),
+            estimate=None if estimate is None else GradeEstimate.from_json(estimate),
+        )

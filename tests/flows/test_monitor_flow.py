@@ -220,6 +220,48 @@ def test_a_past_training_has_a_name_of_its_own(
     assert {then.config.name for then in called} == {f"{NAME}-backfill"}
 
 
+def versions(chain: Finished) -> dict[str, list[str]]:
+    """Registered models of the home, with their versions."""
+    client = chain.artifacts.client
+    return {
+        model.name: sorted(v.version for v in client.search_model_versions(f"name='{model.name}'"))
+        for model in client.search_registered_models()
+    }
+
+
+@pytest.mark.live
+def test_past_days_are_trained_for_real_and_once(chain: Finished, tmp_path: Path) -> None:
+    """The whole chain on the judgments of two past days, then again: live names stay as they are,
+    each day has its own versions, and the second time makes none."""
+    store = store_of(chain)
+    days = [datetime(2026, 3, 5 if i % 8 == 0 else 1) for i in range(store.judgments.num_rows)]
+    now = today(write(store, tmp_path / "dated", judgments=days))
+    span = Span(
+        from_date=date(2026, 3, 4),
+        to_date=date(2026, 3, 5),
+        flow="retrain",
+        undated=("products", "interactions"),
+    )
+    live = versions(chain)
+    served = sorted(p.name for p in (chain.home / "published" / NAME).iterdir())
+    with at_home(chain.home):
+        made = backfill(now, span)
+    assert [row["day"] for row in made] == ["2026-03-04", "2026-03-05"]
+    assert made[0]["judgments"] < made[1]["judgments"] == store.judgments.num_rows
+    assert made[0]["result"]["artifacts"] != made[1]["result"]["artifacts"]
+    after = versions(chain)
+    past = {name: found for name, found in after.items() if name not in live}
+    assert {name: after[name] for name in live} == live
+    assert sorted(past) == [f"{NAME}-backfill-{kind}" for kind in ("embedder", "index", "judge")]
+    assert sorted(p.name for p in (chain.home / "published" / NAME).iterdir()) == served
+    with at_home(chain.home):
+        again = backfill(now, span)
+    assert [row["result"]["artifacts"] for row in again] == [
+        row["result"]["artifacts"] for row in made
+    ]
+    assert versions(chain) == after
+
+
 def test_a_backfill_without_dates_says_what_is_missing(chain: Finished, tmp_path: Path) -> None:
     span = Span(from_date=date(2026, 3, 1), to_date=date(2026, 3, 1))
     with at_home(chain.home):

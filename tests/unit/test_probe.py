@@ -18,6 +18,7 @@ from models.judge.probe import (
     fit_probe,
     fresh_first,
     response_gram,
+    smoothed_targets,
     train_probe,
     untie_head,
 )
@@ -29,7 +30,7 @@ from models.lm.shared_prefix import Segment, SharedPrefixLM
 from models.lm.weights import load_lm
 from models.teacher.template import write
 from models.types import Pair
-from tests.builders import make_pairs, make_tiny_judge
+from tests.builders import WORDS, make_pair, make_pairs, make_tiny_judge
 
 SPEC = JudgeSpec(PromptConfig())
 
@@ -56,8 +57,8 @@ def test_the_moved_rows_classify_what_the_probe_learned() -> None:
     noise_ND = torch.randn(200, 16, generator=generator)
     states_ND = centres_LD[labels_N] + noise_ND + 5.0
     rows_LD = torch.randn(4, 16, generator=generator)
-    config = ProbeConfig(l2=1e-4, quiet=0)
-    delta_LD, metrics = fit_probe(states_ND, torch.eye(16), labels_N, rows_LD, config)
+    config, targets_NL = ProbeConfig(l2=1e-4, quiet=0), torch.eye(4)[labels_N]
+    delta_LD, metrics = fit_probe(states_ND, torch.eye(16), targets_NL, rows_LD, config)
     logits_NL = states_ND @ (rows_LD + delta_LD).T
     assert (logits_NL.argmax(1) == labels_N).float().mean() > 0.95
     assert metrics["probe/nll_after"] < 0.2 * metrics["probe/nll_before"]
@@ -74,8 +75,9 @@ def test_the_moved_rows_keep_quiet_elsewhere() -> None:
     states_ND = torch.stack([signal_N, signal_N, torch.ones(200)], dim=1)
     gram_DD = torch.diag(torch.tensor([100.0, 0.0, 0.0]))
     rows_LD = torch.zeros(4, 3)
-    free, _ = fit_probe(states_ND, gram_DD, labels_N, rows_LD, ProbeConfig(quiet=0))
-    held, metrics = fit_probe(states_ND, gram_DD, labels_N, rows_LD, ProbeConfig(quiet=1))
+    targets_NL = torch.eye(4)[labels_N]
+    free, _ = fit_probe(states_ND, gram_DD, targets_NL, rows_LD, ProbeConfig(quiet=0))
+    held, metrics = fit_probe(states_ND, gram_DD, targets_NL, rows_LD, ProbeConfig(quiet=1))
     assert free[:, 0].abs().max().item() == pytest.approx(free[:, 1].abs().max().item(), rel=0.05)
     assert held[:, 0].abs().max() < 0.01 * held[:, 1].abs().max()
     assert metrics["probe/nll_after"] < 1.0 < metrics["probe/nll_before"]
@@ -187,8 +189,43 @@ def test_a_grade_that_sft_used_up_is_still_probed(pairs: list[Pair]) -> None:
 
 def test_features_that_are_not_finite_stop_the_run() -> None:
     states_ND = torch.full((8, 3), float("nan"))
+    targets_NL = torch.eye(4)[torch.arange(8) % 4]
     with pytest.raises(DivergenceError, match="not finite"):
-        fit_probe(states_ND, torch.eye(3), torch.arange(8) % 4, torch.eye(4, 3), ProbeConfig())
+        fit_probe(states_ND, torch.eye(3), targets_NL, torch.eye(4, 3), ProbeConfig())
+
+
+def test_targets_are_labels_smoothed_towards_what_words_say() -> None:
+    """The more words found, the higher the grade, but for noise: what words say ranks as the
+    estimate does, its mean over pairs is the labels', and half of it moves a target halfway."""
+    noisy = []
+    for i in range(400):
+        asked = random.Random(i % 50).sample(WORDS, 3)
+        found, noise = i % 4, i % 7 == 0
+        noisy.append(
+            make_pair(
+                " ".join(asked),
+                f"{' '.join(asked[:found])} item {i}",
+                grade=1 + (found + noise) % 4,
+            )
+        )
+    spec = JudgeSpec.fit(PromptConfig(), noisy, [p.product for p in noisy])
+    labels_NL = smoothed_targets(noisy, spec, 0.0)
+    says_NL = smoothed_targets(noisy, spec, 1.0)
+    assert labels_NL.argmax(1).tolist() == [p.grade - 1 for p in noisy]
+    assert labels_NL.max(1).values.min() == 1.0
+    assert torch.allclose(says_NL.mean(0), labels_NL.mean(0), atol=1e-3)
+    assert torch.allclose(says_NL.sum(1), torch.ones(400).double())
+    half_NL = smoothed_targets(noisy, spec, 0.5)
+    assert torch.allclose(half_NL, (labels_NL + says_NL) / 2)
+    estimates = [spec.evidence(p.query, p.product)[1] for p in noisy]
+    low, high = estimates.index(min(estimates)), estimates.index(max(estimates))
+    assert says_NL[low, 0] > says_NL[high, 0] and says_NL[low, 3] < says_NL[high, 3]
+
+
+def test_without_an_estimate_targets_are_the_labels(pairs: list[Pair]) -> None:
+    targets_NL = smoothed_targets(pairs, SPEC, 1.0)
+    assert targets_NL.argmax(1).tolist() == [p.grade - 1 for p in pairs]
+    assert targets_NL.max(1).values.min() == 1.0
 
 
 def test_untying_twice_changes_nothing(base: str) -> None:
