@@ -87,19 +87,19 @@ def run(
         print(config.model_dump_json(indent=1))
         return
     databases_ready(settings())
-    with _served():
+    with _served() as loading:
         from flows.pipeline import run_pipeline
 
         result = run_pipeline(config)
-    _show_result(result, time.monotonic() - began_s)
+    _show_result(result, time.monotonic() - began_s, loading.seconds)
 
 
 @contextlib.contextmanager
-def _served() -> Iterator[None]:
-    """A Prefect server answers inside; what the run needs is loaded while one is starting."""
-    server = temporary.start(settings())
+def _served() -> Iterator[temporary.Loading]:
+    """A Prefect server answers inside; while one is starting, what the stages need is loaded."""
+    loading, server = temporary.Loading(), temporary.start(settings())
     if server is None:
-        yield
+        yield loading
         return
     import flows.pipeline  # noqa: F401
     from tasks.artifacts import ArtifactStore
@@ -107,11 +107,11 @@ def _served() -> Iterator[None]:
     def open_store() -> None:
         ArtifactStore(settings()).client.search_experiments(max_results=1)
 
-    with server.ready(meanwhile=(open_store, *temporary.imports())):
-        yield
+    with server.ready(meanwhile=(open_store, *loading)):
+        yield loading
 
 
-def _show_result(result: Any, seconds: float) -> None:
+def _show_result(result: Any, seconds: float, loading_s: float) -> None:
     from flows.tables import judge_table, registry_table, retrieval_table, spent, stage_table
     from tasks.artifacts import ArtifactStore
     from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
@@ -124,17 +124,27 @@ def _show_result(result: Any, seconds: float) -> None:
     console.print(retrieval_table(rows))
     console.print(registry_table(result.registered))
     _show_decision(result.release)
-    made, uri = sum(not r.cached for r in result.reports), masked(settings().tracking_uri)
+    made = sum(not r.cached for r in result.reports)
     console.print(
         f"{len(result.reports)} stages, {made} made, {len(result.reports) - made} cached, "
-        f"{seconds:.0f} s in all: {spent(result.reports, seconds)}.\n"
-        f"MLflow:  mlflow ui --host 127.0.0.1 --backend-store-uri {uri}\n"
-        f"Prefect: PREFECT_HOME={os.environ['PREFECT_HOME']} prefect server start\n"
+        f"{seconds:.0f} s in all: {spent(result.reports, seconds, loading_s)}.\n"
+        f"{_pages()}"
         "Try:     relearn judge 'red couch' 'Blue leather sofa' --why   |   "
         "relearn search 'red couch'",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _pages() -> str:
+    """Where to look: the pages that `relearn up` serves, or how to open them."""
+    from tasks.services import RUNNING, status
+
+    running = {s.title: s.url for s in status(settings()) if s.state == RUNNING}
+    uri, home = masked(settings().tracking_uri), os.environ["PREFECT_HOME"]
+    mlflow = f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+    prefect = f"PREFECT_HOME={home} prefect server start"
+    return f"MLflow:  {running.get('MLflow', mlflow)}\nPrefect: {running.get('Prefect', prefect)}\n"
 
 
 def _show_decision(released: Any) -> None:

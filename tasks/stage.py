@@ -54,6 +54,7 @@ from tasks.artifacts import (
 from tasks.faults import scrub, told
 from tasks.links import link_to_mlflow
 from tasks.settings import Settings, settings
+from tasks.temporary import without_heartbeats
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -116,7 +117,8 @@ def pipeline(
 ) -> Iterator[Pipeline]:
     """Open the MLflow run that the stages called inside nest under.
 
-    Inside another pipeline this is that pipeline: a flow works alone and as part of a larger one.
+    Flows that begin inside send no heartbeats: the one around them does. Inside another pipeline
+    this is that pipeline: a flow works alone and as part of a larger one.
     """
     outer = _pipeline.get()
     if outer is not None:
@@ -134,7 +136,8 @@ def pipeline(
     token = _pipeline.set(opened)
     status = "KILLED"
     try:
-        yield opened
+        with without_heartbeats():
+            yield opened
         status = "FINISHED"
     except StoreError:
         status = LEFT_OPEN

@@ -86,8 +86,7 @@ class TemporaryServer:
     def ready(self, meanwhile: Iterable[Callable[[], object]] = ()) -> Iterator[None]:
         """The server answers inside. Steps of `meanwhile` are taken until it does.
 
-        Flows inside send no heartbeats: nothing of this server listens for them, and the end of
-        every flow would wait up to a second for the thread that does.
+        Flows inside send no heartbeats: nothing of this server listens for them.
 
         Raises:
             ServiceError: it ended while starting, or does not answer.
@@ -105,9 +104,7 @@ class TemporaryServer:
             ended = f", which ended with code {code}" if code is not None else ""
             got = f"no answer from Prefect's temporary server{ended} ({self._answer})"
             raise ServiceError(explain(got, "an answer", "read what it said above, then try again"))
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        with without_heartbeats():
             yield
 
     def stop(self) -> None:
@@ -141,9 +138,37 @@ def start(current: Settings) -> TemporaryServer | None:
     return server
 
 
-def imports(names: Iterable[str] = STAGES_IMPORT) -> Iterator[Callable[[], object]]:
-    """Steps for `ready`: one import each, in this thread, as two at once can deadlock."""
-    return (functools.partial(importlib.import_module, name) for name in names)
+class Loading:
+    """Steps for `ready`: one import each, in this thread, as two at once can deadlock.
+
+    seconds: what those taken so far took.
+    """
+
+    def __init__(self, names: Iterable[str] = STAGES_IMPORT) -> None:
+        self.names, self.seconds = tuple(names), 0.0
+
+    def __iter__(self) -> Iterator[Callable[[], None]]:
+        return (functools.partial(self._load, name) for name in self.names)
+
+    def _load(self, name: str) -> None:
+        began_s = time.monotonic()
+        importlib.import_module(name)
+        self.seconds += time.monotonic() - began_s
+
+
+@contextlib.contextmanager
+def without_heartbeats() -> Iterator[None]:
+    """Flows that begin inside send none: the end of each would wait up to a second for its thread.
+
+    Without Prefect in this process there is nothing to do.
+    """
+    if "prefect" not in sys.modules:
+        yield
+        return
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
 
 
 def lasting_server() -> bool:

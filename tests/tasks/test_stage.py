@@ -398,6 +398,16 @@ def test_mlflow_samples_the_machine_only_where_asked(
     assert seen == ([began, ("finish", ref.run_id)] if asked else [])
 
 
+def test_flows_inside_a_pipeline_send_no_heartbeats(home: Path) -> None:
+    """The end of each would wait for its thread; the flow around them has one."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
+        with pipeline("outer"), pipeline("inner"):
+            assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is None
+        assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() == 30
+
+
 def test_in_a_flow_only_transient_errors_are_retried(prefect_server: None) -> None:
     from prefect import flow
 

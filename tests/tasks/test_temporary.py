@@ -199,3 +199,18 @@ def test_prefect_finds_a_server_by_itself_where_one_may_be_named(
             assert left_alone(), name
     monkeypatch.setitem(sys.modules, "prefect", os)
     assert left_alone()
+
+
+def test_loading_knows_what_its_steps_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def slow(name: str) -> None:
+        loaded.append(name)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(temporary.importlib, "import_module", slow)
+    loading = temporary.Loading(("torch", "lancedb", "never"))
+    for step, _ in zip(loading, range(2), strict=False):
+        step()
+    assert loaded == ["torch", "lancedb"]
+    assert 0.1 <= loading.seconds < 5
