@@ -5,8 +5,9 @@ makes, a day after the other, oldest first.
 
 Idempotent: stages are found by content, so a day that was run, or a day on which nothing changed,
 is taken from the cache; a backfill that was cut off goes on where it stopped. Live champions are
-never touched: `retrain` registers, compares and publishes under the name `<store>-backfill`,
-`evaluate-champion` and `monitor` only measure, and a past pass asks for nothing.
+never touched: `retrain` registers, compares and publishes under the name `<store>-backfill` and
+asks nobody about a borderline candidate, `evaluate-champion` and `monitor` only measure, and a past
+pass asks for nothing.
 
 Collisions: a second backfill is cancelled while one is active (infra/prefect.yaml). A retraining on
 its schedule may run beside it: the two share stages, each of which is made once, and no names.
@@ -26,6 +27,7 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.monitor import watch
+from flows.release import unattended
 from flows.scheduled import Chain, evaluate_champion, retrain
 from models.errors import ConfigError, RelearnError, explain
 from models.sources import TablesSource
@@ -117,6 +119,7 @@ def _result(then: Chain, span: Span, end: datetime) -> dict[str, Any]:
         judge, retrieval = overall["judge"], overall["retrieval"]
         return {"macro_f1": judge["macro_f1"], "ndcg@10": retrieval["ndcg@10"]}
     name = f"name={then.config.name}{SUFFIX}"
-    released = retrain(then.model_copy(update={"changes": (*then.changes, name)}))
+    with unattended():
+        released = retrain(then.model_copy(update={"changes": (*then.changes, name)}))
     action = None if released.action is None else str(released.action)
     return {"artifacts": [r["artifact"] for r in released.registered], "action": action}

@@ -174,9 +174,22 @@ def promote(
         bool, typer.Option("--force", help="Promote even what the gate holds; needs --reason.")
     ] = False,
     reason: Annotated[str, typer.Option(help="Kept in the history with the promotion.")] = "",
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Version of an earlier candidate judge; alone: with the champion index."),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="Version of an earlier candidate index, with the encoder it was built "
+            "with and, without --judge, the judge that taught that."
+        ),
+    ] = None,
     home: Home = None,
 ) -> None:
     """Make the candidates the champions: judge, embedder and index, all three or none.
+
+    The newest candidates, or earlier ones by their numbers in `relearn versions`.
 
     The gate decides again, against the champions as they are now. A clear win and a borderline
     candidate are promoted; what the gate holds is not, unless --force says so with a --reason.
@@ -186,12 +199,14 @@ def promote(
         relearn promote
 
         relearn promote --force --reason "new labels, agreed with the search team"
+
+        relearn promote --index 7
     """
     prepare(home)
     from flows.release import promote_candidates
     from flows.tables import registry_table
 
-    released = promote_candidates(store, force, reason)
+    released = promote_candidates(store, force, reason, judge, index)
     console.print(registry_table(released.registered))
     _show_decision(released)
     if released.action is None and len(released.decision.reasons) > 1:

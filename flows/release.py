@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ from tasks.release import (
     Release,
     candidates,
     finish_pending,
+    named,
     promote,
     register_candidates,
     registered_rows,
@@ -33,6 +37,8 @@ from tasks.temporary import lasting_server
 
 APPROVAL_POLL_S = 10
 """Seconds between two looks whether somebody has answered."""
+
+_attended: ContextVar[bool] = ContextVar("attended", default=True)
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +106,20 @@ def _action(verdict: Verdict) -> tuple[Action | None, str]:
     decision = verdict.decision
     if decision.outcome is Outcome.PROMOTE:
         return (Action.FIRST if verdict.champion is None else Action.PROMOTED), decision.summary
-    if decision.outcome is Outcome.ASK and settings().wait_for_approval:
+    if decision.outcome is Outcome.ASK and settings().wait_for_approval and _attended.get():
         approved, reason = _ask(decision)
         return (Action.APPROVED if approved else None), reason
     return None, ""
+
+
+@contextmanager
+def unattended() -> Iterator[None]:
+    """Nobody is asked inside: borderline candidates are held."""
+    token = _attended.set(False)
+    try:
+        yield
+    finally:
+        _attended.reset(token)
 
 
 def _ask(decision: Decision) -> tuple[bool, str]:
@@ -157,20 +173,31 @@ def _promote(
     return held, None
 
 
-def promote_candidates(name: str, force: bool = False, reason: str = "") -> ReleaseResult:
-    """A person's promotion of the candidates: decide again, then promote unless the gate holds.
+def promote_candidates(
+    name: str,
+    force: bool = False,
+    reason: str = "",
+    judge: str | None = None,
+    index: str | None = None,
+) -> ReleaseResult:
+    """A person's promotion: decide again, then promote unless the gate holds.
 
     force: promote even then; needs a reason, which the history keeps.
+    judge, index: version numbers of an earlier candidate (`tasks.release.named`); without them,
+    the newest one.
 
     Raises:
-        ConfigError: force without a reason.
+        ConfigError: force without a reason, or no such version.
         ArtifactError: no candidates, or their files are gone.
     """
     if force and not reason.strip():
         raise ConfigError(explain("--force alone", "a reason for the history", "add --reason TEXT"))
     artifacts = _artifacts(name)
     finish_pending(name, artifacts=artifacts)
-    candidate = candidates(name, artifacts=artifacts)
+    if judge is None and index is None:
+        candidate = candidates(name, artifacts=artifacts)
+    else:
+        candidate = named(name, judge, index, artifacts=artifacts)
     config = config_of(candidate, artifacts=artifacts)
     call: Call = Stage.make
     with pipeline(f"promote {name}", experiment=name):
@@ -209,7 +236,7 @@ def roll_back(name: str, to: str | None = None, reason: str = "") -> tuple[Relea
 def list_versions(name: str) -> list[dict[str, Any]]:
     """Every version of a store, once what a crash left pending is carried out."""
     artifacts = _artifacts(name)
-    finish_pending(name, artifacts=artifacts)
+    finish_pending(name, artifacts=artifacts, wait=False)
     return version_rows(name, artifacts=artifacts)
 
 

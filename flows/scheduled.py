@@ -31,9 +31,10 @@ from tasks.evaluate import (
     evaluate_retrieval,
     read_table,
 )
+from tasks.gate import index_config
 from tasks.judge import judge_answers
 from tasks.registry import champion
-from tasks.release import model_name
+from tasks.release import finish_pending, model_name
 from tasks.settings import settings
 from tasks.stage import pipeline
 
@@ -96,15 +97,19 @@ def retrain_embedder(chain: Chain) -> ReleaseResult:
 
 @flow(name="evaluate-champion", flow_run_name=RUN_NAME)
 def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
-    """Both tables for the champions on the held-out queries of today's data; trains nothing."""
+    """Both tables for the champions on the held-out queries of today's data; trains nothing.
+
+    The index is built as the champion's was.
+    """
     config = chain.config
-    judge, encoder = (_champion(config.name, role) for role in ("judge", "embedder"))
+    judge, encoder, served = (_champion(config.name, r) for r in ("judge", "embedder", "index"))
     with data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):
         store = prepare_data(config.data)
         # a finished judge carries the prompt that it reads by
         answers = judge_answers(config=config.judge.answers, prompt=judge, judge=judge, store=store)
         judged = evaluate_judge(answers={"champion": answers}, judge=judge, store=store)
-        index = index_catalogue(config=config.embedder.index, encoder=encoder, store=store)
+        built = index_config(served, artifacts_of(config.name))
+        index = index_catalogue(config=built, encoder=encoder, store=store)
         retrieved = evaluate_retrieval(
             config=config.embedder.evaluation,
             encoders={"champion": encoder},
@@ -125,12 +130,14 @@ def artifacts_of(name: str) -> ArtifactStore:
 
 
 def _champion(name: str, role: str) -> ArtifactRef:
-    """The champion's artifact.
+    """The champion's artifact, once a move of champions that a crash cut off is carried out.
 
     Raises:
         ArtifactError: there is none.
     """
-    found = champion(model_name(name, role), store=artifacts_of(name))
+    artifacts = artifacts_of(name)
+    finish_pending(name, artifacts=artifacts)
+    found = champion(model_name(name, role), store=artifacts)
     if found is None:
         got = f"no champion of {model_name(name, role)}"
         raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))

@@ -34,9 +34,10 @@ def _champion_ref(artifacts: ArtifactStore, store_name: str, role: str) -> Artif
 
 
 def _artifacts(store_name: str) -> ArtifactStore:
-    """The store, once a move of champions that a crash cut off is carried out."""
+    """The store, once a move of champions that a crash cut off is carried out. One under way is
+    not waited for: until it is done, the champions are those from before."""
     artifacts = ArtifactStore(settings().model_copy(update={"experiment": store_name}))
-    finish_pending(store_name, artifacts=artifacts)
+    finish_pending(store_name, artifacts=artifacts, wait=False)
     return artifacts
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 POOL = "relearn"
 WORKER_NAME = "relearn"
 DEPLOY_TIMEOUT_S = 300.0
-LIVE = ("RUNNING", "PENDING", "CANCELLING")
+LIVE = ("RUNNING", "PENDING", "CANCELLING", "PAUSED")
+"""A run that waits for an approval is a process that polls."""
 PAGE = 200
 """Runs the server hands out a request."""
 LOST = "The process that worked on it is gone. Its finished stages and checkpoints are kept: the "

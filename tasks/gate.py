@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.errors import ArtifactError, RelearnError, explain
+from models.errors import ArtifactError, RelearnError, StoreError, TransientError, explain
 from models.evaluation.gate import Contender, Decision, GateConfig, decide
 from models.evaluation.outcomes import Outcomes
 from models.index.config import IndexConfig
@@ -157,6 +157,8 @@ def _on_the_same_sets(
             evaluation = measure(candidate, champion, artifacts, call)
             measured = {what: Outcomes.read(artifacts.path(evaluation))}
             theirs = replace(theirs, outcomes={**theirs.outcomes, **measured})
+        except (StoreError, TransientError):
+            raise  # the same command goes on; a decision now would stand
         except (RelearnError, ValidationError, KeyError) as error:
             why = f"the champion cannot be measured on the candidate's set ({error})"
             do = "run the pipeline again, or relearn promote --force --reason ..."
@@ -185,11 +187,10 @@ def _measure_retrieval(
     """The champion encoder over the candidate's catalogue and queries, in an index like its own."""
     evaluation = _artifact(candidate.parts["embedder"].tags["evaluation_retrieval"], artifacts)
     config, parents = _recipe(evaluation, artifacts)
-    built, _ = _recipe(candidate.parts["index"].ref, artifacts)
     store, encoder = _artifact(parents["store"], artifacts), champion.parts["embedder"].ref
     index = call(
         index_catalogue,
-        config=IndexConfig.model_validate(built["config"]),
+        config=index_config(champion.parts["index"].ref, artifacts),
         encoder=encoder,
         store=store,
     )
@@ -201,6 +202,16 @@ def _measure_retrieval(
         judge=candidate.parts["judge"].ref,
         store=store,
     )
+
+
+def index_config(index: ArtifactRef, artifacts: ArtifactStore) -> IndexConfig:
+    """The settings that an index was built with.
+
+    Raises:
+        ArtifactError: its manifest is gone. ValidationError: it is of another version of relearn.
+    """
+    built, _ = _recipe(index, artifacts)
+    return IndexConfig.model_validate(built["config"])
 
 
 def _recipe(ref: ArtifactRef, artifacts: ArtifactStore) -> tuple[dict[str, Any], dict[str, str]]:

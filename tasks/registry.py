@@ -8,7 +8,7 @@ registered twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,12 +53,14 @@ def register(
     metrics: Mapping[str, float] | None = None,
     tags: Mapping[str, str] | None = None,
     *,
+    alias: str | None = CANDIDATE,
     store: ArtifactStore | None = None,
 ) -> str:
-    """Make `ref` a version of model `name` with alias `candidate`; returns the version number.
+    """Make `ref` a version of model `name` with `alias`, if any; returns the version number.
 
     The fingerprint's existing version is taken when its files are whole; its metrics and tags are
-    brought up to date. A version whose files are gone is replaced, and its aliases move with it.
+    brought up to date. A version whose files are gone is replaced; its aliases and tags, such as
+    that it was withdrawn, move with it.
 
     Raises:
         ArtifactError: the files of `ref` are gone.
@@ -87,8 +89,9 @@ def register(
                 store.client.set_model_version_tag(name, version, key, value)
         for stale in same:
             if str(stale.version) != version:
-                _replace(store.client, name, str(stale.version), version)
-        store.client.set_registered_model_alias(name, CANDIDATE, version)
+                _replace(store.client, name, stale, version, kept.tags.keys() | wanted.keys())
+        if alias is not None:
+            store.client.set_registered_model_alias(name, alias, version)
     return version
 
 
@@ -183,12 +186,20 @@ def _create(
     )
 
 
-def _replace(client: MlflowClient, name: str, stale: str, version: str) -> None:
-    """Move the aliases of a version whose files are gone, then delete it."""
+def _replace(
+    client: MlflowClient, name: str, stale: ModelVersion, version: str, has: Set[str]
+) -> None:
+    """Move the aliases and the missing tags of a version whose files are gone, then delete it.
+
+    has: tags of its successor.
+    """
+    for key, value in stale.tags.items():
+        if key not in has:
+            client.set_model_version_tag(name, version, key, value)
     for alias, number in _aliases(client, name).items():
-        if number == stale:
+        if number == str(stale.version):
             client.set_registered_model_alias(name, alias, version)
-    client.delete_model_version(name, stale)
+    client.delete_model_version(name, str(stale.version))
 
 
 def _tags(metrics: Mapping[str, float] | None, tags: Mapping[str, str] | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from models.errors import ArtifactError, ConfigError, RelearnError, StoreError, explain
 from tasks import registry
@@ -137,7 +137,8 @@ def register_candidates(
     """Make every ref a version with alias `candidate`; who becomes champion is for the gate.
 
     refs: {role: artifact}. What was not made is the champion's: its versions, which name their
-    evaluations, get the alias `candidate` as well.
+    evaluations, get the alias `candidate` as well. A set that is the champion's already takes the
+    alias from no other: that one may be waiting for a person.
     evaluations: `judge` of the role judge, `retrieval` of embedder and index.
 
     Raises:
@@ -158,14 +159,21 @@ def register_candidates(
             metrics = numbers["judge" if role == "judge" else "retrieval"]
             if role == "index":
                 metrics = metrics | _index_recall(refs[role], artifacts)
-            version = registry.register(name, refs[role], metrics, tags, store=artifacts)
+            version = registry.register(
+                name, refs[role], metrics, tags, alias=None, store=artifacts
+            )
         else:
             version = kept[role].version
-            registry.set_alias(name, CANDIDATE, version, store=artifacts)
         made = registry.get(name, version, store=artifacts)
         assert made is not None, "it was registered above"
         parts[role] = made
-    return Release(parts)
+    made_now = Release(parts)
+    champion = release_of(store_name, CHAMPION, artifacts=artifacts)
+    waiting = release_of(store_name, CANDIDATE, artifacts=artifacts)
+    if waiting is None or champion is None or made_now.fingerprints != champion.fingerprints:
+        for part in parts.values():
+            registry.set_alias(part.name, CANDIDATE, part.version, store=artifacts)
+    return made_now
 
 
 def _champion_parts(
@@ -213,6 +221,47 @@ def candidates(store_name: str, *, artifacts: ArtifactStore) -> Release:
     if found is None:
         got = f"no candidates of {store_name} under {artifacts.settings.home}"
         raise ArtifactError(explain(got, "a registered candidate", "relearn run --store ... first"))
+    return found
+
+
+def named(
+    store_name: str, judge: str | None, index: str | None, *, artifacts: ArtifactStore
+) -> Release:
+    """The set of a judge and an index by their version numbers, of which one may be None.
+
+    Without `judge`, the one that taught the index's embedder; without `index`, the champion's.
+
+    Raises:
+        ConfigError: no such version.
+        ArtifactError: what it was made with is not registered.
+    """
+    every = {r: registry.versions(model_name(store_name, r), store=artifacts) for r in ROLES}
+    parts: dict[str, Registered] = {}
+    if index is None:
+        parts |= _champion_parts(store_name, ("embedder", "index"), artifacts)
+    else:
+        parts["index"] = _numbered(every["index"], index, "--index")
+        parts["embedder"] = _parent(parts["index"], every["embedder"])
+    if judge is not None:
+        parts["judge"] = _numbered(every["judge"], judge, "--judge")
+    elif index is not None:
+        parts["judge"] = _parent(parts["embedder"], every["judge"])
+    return Release({role: parts[role] for role in ROLES})
+
+
+def _numbered(versions: Sequence[Registered], number: str, option: str) -> Registered:
+    found = next((v for v in versions if v.version == number), None)
+    if found is None:
+        have = ", ".join(v.version for v in versions) or "none"
+        raise ConfigError(explain(f"{option} {number}", f"one of {have}", "see relearn versions"))
+    return found
+
+
+def _parent(child: Registered, versions: Sequence[Registered]) -> Registered:
+    found = next((v for v in versions if v.ref.label in child.ref.parents), None)
+    if found is None:
+        got = f"nothing registered that {child.name} {child.version} was made with"
+        raise ArtifactError(explain(got, "its parent", "run the pipeline again"))
     return found
 
 
@@ -289,13 +338,23 @@ def rollback(
 
 
 def finish_pending(
-    store_name: str, *, artifacts: ArtifactStore, publishers: Sequence[Publish] | None = None
+    store_name: str,
+    *,
+    artifacts: ArtifactStore,
+    publishers: Sequence[Publish] | None = None,
+    wait: bool = True,
 ) -> list[Move]:
-    """Carry out the moves that a crash left unfinished; returns them. Nothing to do: one query."""
+    """Carry out the moves that a crash left unfinished; returns them. Nothing to do: one query.
+
+    wait: for a move that is under way. A reader need not: its process lives, nothing is to repair.
+    """
     if not _moves(store_name, artifacts, "RUNNING"):
         return []
-    with FileLock(_lock(store_name, artifacts)):
-        return _finish_pending(store_name, artifacts, publishers)
+    try:
+        with FileLock(_lock(store_name, artifacts), timeout=-1 if wait else 0):
+            return _finish_pending(store_name, artifacts, publishers)
+    except Timeout:
+        return []
 
 
 def serve_champion(
@@ -376,7 +435,7 @@ def _finish_pending(
         except StoreError:
             raise  # neither carried out nor taken back: the next run does it
         except RelearnError as error:
-            log.warning("it cannot be carried out and was taken back: %s", error)
+            log.warning("it cannot be carried out: %s", error)
         else:
             done.append(move)
     return done
@@ -385,21 +444,40 @@ def _finish_pending(
 def _carry_out(
     store_name: str, move: Move, artifacts: ArtifactStore, publishers: Sequence[Publish] | None
 ) -> None:
-    """Move everything, or everything back on an error; may be called again after a crash."""
+    """Move everything, or everything back on an error; may be called again after a crash.
+
+    What can neither be carried out nor taken back has FAILED as well: tried again later, it would
+    undo what was promoted meanwhile.
+    """
     try:
         after = _resolved(store_name, move.after, artifacts)
         _point(store_name, after, artifacts, publishers)
     except Exception as error:
         artifacts.client.set_tag(move.run_id, f"{TAG}error", f"{type(error).__name__}: {error}")
-        if move.before is None:
-            _point_nowhere(store_name, artifacts, publishers)
-        else:
-            before = _resolved(store_name, move.before, artifacts)
-            _point(store_name, before, artifacts, publishers)
+        try:
+            _take_back(store_name, move, artifacts, publishers)
+        except StoreError:
+            raise  # it stays RUNNING: the next run does it
+        except RelearnError as problem:
+            log.error(
+                "nor can it be taken back (%s): judge, embedder and index may be of two sets; "
+                "look at relearn versions, then relearn promote or relearn rollback --to V",
+                problem,
+            )
         artifacts.client.set_terminated(move.run_id, "FAILED")
         raise
     _mark(store_name, move, after, artifacts)
     artifacts.client.set_terminated(move.run_id, "FINISHED")
+
+
+def _take_back(
+    store_name: str, move: Move, artifacts: ArtifactStore, publishers: Sequence[Publish] | None
+) -> None:
+    if move.before is None:
+        _point_nowhere(store_name, artifacts, publishers)
+        return
+    before = _resolved(store_name, move.before, artifacts)
+    _point(store_name, before, artifacts, publishers)
 
 
 def _resolved(

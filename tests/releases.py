@@ -17,6 +17,7 @@ from tasks.stage import Stage, StageContext, stage
 
 STORE = "shop"
 UNITS = 40
+INDEX = IndexConfig(sample=7)
 
 
 @stage(name="validate", kind="data")
@@ -95,6 +96,7 @@ def make_release(
     embedder: int | None = None,
     data: str = "one",
     index_by: Stage = index_stage,
+    index: IndexConfig = INDEX,
 ) -> Release:
     """Make and register a judge, an embedder and an index, all of one quality."""
     store = store_stage.make(data=data)
@@ -102,7 +104,7 @@ def make_release(
     encoder = embedder_stage.make(
         seed=judge if embedder is None else embedder, judge=made, store=store
     )
-    index = index_by.make(config=IndexConfig(sample=7), encoder=encoder, store=store)
+    built = index_by.make(config=index, encoder=encoder, store=store)
     answers = answers_stage.make(config=AnswersConfig(max_pairs=9), judge=made, store=store)
     evaluations = {
         "judge": evaluate_judge_stage.make(quality=quality, answers={"x": answers}, store=store),
@@ -110,7 +112,7 @@ def make_release(
             quality=quality, config=RetrievalEvalConfig(depth=11), encoder=encoder, store=store
         ),
     }
-    refs = {"judge": made, "embedder": encoder, "index": index}
+    refs = {"judge": made, "embedder": encoder, "index": built}
     return register_candidates(STORE, refs, evaluations, artifacts=artifacts())
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.errors import ArtifactError, explain
+from models.errors import ArtifactError, ConfigError, explain
 from models.index.facts import IndexFacts
 from models.index.filters import one_of
 from models.index.hybrid import reciprocal_rank_fusion
@@ -120,7 +120,14 @@ class LanceIndex:
         return query if where is None else query.where(where, prefilter=True)
 
     def search_text(self, query: str, k: int, where: str | None = None) -> list[tuple[str, float]]:
-        """(product id, BM25 score), best first; nothing for a query without words."""
+        """(product id, BM25 score), best first; nothing for a query without words.
+
+        Raises:
+            ConfigError: an index without full text.
+        """
+        if not any(index.index_type == "FTS" for index in self.table.list_indices()):
+            do = "search by vector, or build it with full_text=true"
+            raise ConfigError(explain("an index without full text", "one with it", do))
         if not terms(query):
             return []
         search = self.table.search(_words(query), query_type="fts")

@@ -23,7 +23,7 @@ def search(
     vector_D: the embedded query; lexical search does not look at it.
 
     Raises:
-        ConfigError: an unknown mode.
+        ConfigError: an unknown mode, or words asked of an index without full text.
     """
     if mode == "vector":
         ids, scores = index.search(np.asarray(vector_D)[None], k, where)

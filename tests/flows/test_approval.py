@@ -44,6 +44,14 @@ def test_only_a_borderline_candidate_is_asked_about(
     assert len(asked) == 1
 
 
+def test_nobody_is_asked_about_a_past_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELEARN_WAIT_FOR_APPROVAL", "true")
+    monkeypatch.setattr(release, "_ask", lambda decision: (True, "asked"))
+    with release.unattended():
+        assert release._action(verdict(*BORDERLINE.reasons)) == (None, "")
+    assert release._action(verdict(*BORDERLINE.reasons)) == (Action.APPROVED, "asked")
+
+
 def test_without_a_server_there_is_nobody_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

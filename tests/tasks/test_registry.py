@@ -102,15 +102,19 @@ def test_alias_of_an_unknown_version_is_refused(current: Settings) -> None:
 
 def test_version_whose_files_went_is_replaced_with_its_aliases(current: Settings) -> None:
     store, ref = ArtifactStore(current), made()
-    registry.set_alias("judge", "champion", registry.register("judge", ref))
+    first = registry.register("judge", ref, {"f1": 0.5}, {"evaluation": "old"})
+    registry.set_alias("judge", "champion", first)
+    store.client.set_model_version_tag("judge", first, "withdrawn", "it was bad")
     shutil.rmtree(store.path(ref))
     with pytest.raises(ArtifactError, match=r"files missing: model\.txt"):
         registry.register("judge", ref)
     again = made()
-    version = registry.register("judge", again)
+    version = registry.register("judge", again, {"f1": 0.6}, {"evaluation": "new"})
     (only,) = registry.versions("judge")
     assert (only.version, only.ref.uri) == (version, again.uri)
     assert only.aliases == ("candidate", "champion")
+    assert only.tags == {"withdrawn": "it was bad", "evaluation": "new"}
+    assert only.metrics == {"f1": 0.6}
 
 
 def text_of(name: str) -> str:

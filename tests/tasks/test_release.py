@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from models.errors import ArtifactError, ConfigError
+from models.errors import ArtifactError, ConfigError, StoreError, TransientError
 from models.evaluation.gate import GateConfig, Outcome
+from models.index.config import IndexConfig
 from tasks import gate, registry, release
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore, open_client
 from tasks.evaluate import evaluate_judge, evaluate_retrieval
@@ -96,6 +98,34 @@ def test_registering_makes_candidates_and_no_champion(sets: list[Release]) -> No
     assert candidate is not None and labels(candidate) == labels(sets[-1])
     assert champion_labels() == ALL_NONE
     assert candidate.parts["index"].metrics["index_recall"] == 1.0
+
+
+def test_the_champion_made_again_takes_the_alias_from_no_candidate(sets: list[Release]) -> None:
+    """A candidate that waits for a person is still there after a run that changed nothing."""
+    crown(sets[0], Action.FIRST)
+    waiting = release_of(STORE, "candidate", artifacts=artifacts())
+    assert waiting is not None and labels(waiting) == labels(sets[-1])
+    assert labels(make_release(quality=0.5, judge=0)) == labels(sets[0])
+    still = release_of(STORE, "candidate", artifacts=artifacts())
+    assert still is not None and labels(still) == labels(waiting)
+
+
+def test_an_earlier_candidate_is_named_by_its_numbers(sets: list[Release]) -> None:
+    """An index by itself brings its encoder and that one's judge; a judge the champion's rest."""
+    crown(sets[0], Action.FIRST)
+
+    def by(judge: str | None, index: str | None) -> list[str]:
+        found = release.named(STORE, judge, index, artifacts=artifacts())
+        return [found.parts[role].version for role in release.ROLES]
+
+    numbers = [[s.parts[role].version for role in release.ROLES] for s in sets]
+    assert [by(None, n[2]) for n in numbers] == numbers
+    assert by("3", None) == ["3", *numbers[0][1:]]
+    assert by("3", numbers[1][2]) == ["3", *numbers[1][1:]]
+    with pytest.raises(ConfigError, match=r"got --index 9; expected one of"):
+        by(None, "9")
+    with pytest.raises(ConfigError, match=r"got --judge x; expected one of"):
+        by("x", None)
 
 
 def test_all_three_become_champions_and_the_move_is_in_the_history(sets: list[Release]) -> None:
@@ -383,6 +413,36 @@ def test_a_pending_move_that_cannot_be_carried_out_is_taken_back(
     assert finish_pending(STORE, artifacts=artifacts()) == []
 
 
+def test_a_move_that_fails_both_ways_is_over_and_says_so(
+    two: tuple[Release, Release], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Carried out later, it would undo what was promoted meanwhile."""
+    old, new = two
+    with broken("judge", Crash), pytest.raises(Crash):
+        crown(new)
+    for part in (old.parts["judge"], new.parts["embedder"]):
+        artifacts().client.delete_model_version(part.name, part.version)
+    assert finish_pending(STORE, artifacts=artifacts()) == []
+    assert "nor can it be taken back" in caplog.text and "relearn promote" in caplog.text
+    running = f"tags.`{release.MOVE}` = '{STORE}' and attributes.status = 'RUNNING'"
+    assert artifacts().search(running) == []
+
+
+def test_a_reader_does_not_wait_for_a_move_that_is_under_way(
+    two: tuple[Release, Release],
+) -> None:
+    with broken("judge", Crash), pytest.raises(Crash):
+        crown(two[1])
+    with FileLock(release._lock(STORE, artifacts())):
+        asked = threading.Thread(
+            target=lambda: finish_pending(STORE, artifacts=artifacts(), wait=False)
+        )
+        asked.start()
+        asked.join(20)
+        assert not asked.is_alive()
+    assert len(finish_pending(STORE, artifacts=artifacts())) == 1
+
+
 # rollback
 
 
@@ -555,6 +615,28 @@ def test_a_champion_that_cannot_be_measured_holds_and_says_how_to_go_on(
     found = verdict_of(sets[4], call).decision
     assert found.outcome is Outcome.HOLD
     assert "files are gone" in found.summary and "--force --reason" in found.summary
+
+
+@pytest.mark.parametrize("error", [StoreError, TransientError])
+def test_a_store_that_fails_while_measuring_decides_nothing(
+    sets: list[Release], error: type[Exception]
+) -> None:
+    """The same command goes on; a decision to hold would stand."""
+    crown(sets[0], Action.FIRST)
+
+    def call(stage: Stage, **inputs: Any) -> ArtifactRef:
+        raise error("the disk is full")
+
+    with pytest.raises(error, match="disk is full"):
+        verdict_of(sets[4], call)
+
+
+def test_the_champion_is_measured_in_an_index_like_its_own(sets: list[Release]) -> None:
+    crown(make_release(quality=0.5, judge=8, index=IndexConfig(dim=128)), Action.FIRST)
+    measuring = Measuring(0.5, sets[4])
+    verdict_of(sets[4], measuring)
+    built = next(inputs for name, inputs in measuring.asked if name == "index")
+    assert (built["config"].dim, built["config"].sample) == (128, IndexConfig().sample)
 
 
 def test_nothing_is_measured_again_on_the_same_set(sets: list[Release]) -> None:

@@ -20,6 +20,7 @@ from models.index.hybrid import reciprocal_rank_fusion
 from models.index.lance import LanceIndex
 from models.index.recall import check
 from models.index.rows import columns, record_batch
+from models.index.search import search
 from models.metrics import ListSink
 from models.types import Product
 
@@ -117,6 +118,16 @@ def test_many_queries_at_once_find_what_each_finds_alone(tmp_path: Path) -> None
     ids, scores = index.search(queries, 7)
     assert ids == [index.search(q[None], 7)[0][0] for q in queries]
     assert all(row == sorted(row, reverse=True) for row in scores)
+
+
+@pytest.mark.parametrize("mode", ["lexical", "hybrid"])
+def test_words_are_not_asked_of_an_index_without_full_text(tmp_path: Path, mode: str) -> None:
+    config = IndexConfig(sample=5, full_text=False)
+    build_index(encode, catalogue(40), config, tmp_path, ListSink())
+    index = LanceIndex.open(tmp_path)
+    assert search(index, "number7", encode(["number7"])[0], 1, "vector")[0][0] == "p00007"
+    with pytest.raises(ConfigError, match=r"an index without full text.*full_text=true"):
+        search(index, "number7", encode(["number7"])[0], 1, mode)
 
 
 def test_filters_come_first_and_return_enough_rows(tmp_path: Path) -> None:
