@@ -19,12 +19,15 @@ def main() -> None:
     """Make the artifacts of NAME's store, as `relearn run` would."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help="MLflow experiment")
-    name = parser.parse_args().name
+    parser.add_argument("--seed", type=int, default=0, help="another store, in no cache yet")
+    asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     prepare_environment(settings())
     databases_ready(settings())
-    source = SyntheticSource(num_products=100, num_queries=24, judgments_per_query=8)
-    with pipeline(f"chaos {name}", experiment=name):
+    source = SyntheticSource(
+        num_products=100, num_queries=24, judgments_per_query=8, seed=asked.seed
+    )
+    with pipeline(f"chaos {asked.name}", experiment=asked.name):
         raw = ingest.make(source=source, split=SplitConfig(), content="")
         validate_store.make(raw=raw, quality=QualityConfig())
 

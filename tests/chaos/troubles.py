@@ -48,8 +48,8 @@ class Troubles:
         case("damaged prefect.db", lambda: self._damaged("prefect/prefect.db", SMALL_RUN, plain))
         with mlflow_server(self.folder / "server") as proxy:
             case("MLflow server: 500 three times", lambda: self._fails(proxy, 3))
-            case("MLflow server: 500 for ever", lambda: self._never(proxy, "failing"))
-            case("MLflow server: no answer", lambda: self._never(proxy, "hanging"))
+            case("MLflow server: 500 for ever", lambda: self._never(proxy, "failing", seed=1))
+            case("MLflow server: no answer", lambda: self._never(proxy, "hanging", seed=2))
         shared = self.folder / "shared"
         if case(f"{AT_ONCE} runs at once on an empty home", lambda: self._at_once(shared)):
             case("SIGTERM", lambda: self._sigterm(shared))
@@ -142,11 +142,12 @@ class Troubles:
         tried = sum("trying again" in line for line in child.lines)
         return wrong + ([] if tried == times else [f"{tried} lines of trying again, not {times}"])
 
-    def _never(self, proxy: Proxy, how: str) -> list[str]:
-        home = self.folder / how
+    def _never(self, proxy: Proxy, how: str, seed: int) -> list[str]:
+        """The server has the artifacts of the cases before: another `seed` makes its own."""
+        home, command = self.folder / how, ("tests.chaos.chain", how, "--seed", str(seed))
         env = self._server(proxy) | {"RELEARN_PATIENCE_S": "4", "RELEARN_MLFLOW_TIMEOUT_S": "2"}
         proxy.trouble(after=20, **{how: 10**6})
-        child = Child(home, ("tests.chaos.chain", how), env)
+        child = Child(home, command, env)
         child.wait_for("trying again", self.limit_s)
         began_s = time.monotonic()
         wrong = self._complains(child, proxy.url)
@@ -154,7 +155,7 @@ class Troubles:
         if took_s > 4 + 2 + SLACK_S:
             wrong.append(f"it took {took_s:.0f} s to give up")
         proxy.trouble()
-        child = Child(home, ("tests.chaos.chain", how), self._server(proxy))
+        child = Child(home, command, self._server(proxy))
         code = child.end(self.limit_s)
         return wrong + ([f"exit code {code} afterwards", child.tail()] if code else [])
 
