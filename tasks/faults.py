@@ -44,6 +44,7 @@ class Fault(enum.Enum):
     LOCKED = ("a database that another process keeps locked", True)
     SILENT = ("no answer", True)
     FAILING = ("a server that fails", True)
+    RACED = ("a row that another process wrote at the same moment", True)
     FULL = ("a full disk", False)
     DAMAGED = ("a damaged database", False)
     BROKEN = ("a disk that does not read or write", False)
@@ -57,6 +58,8 @@ _TEXTS = (
     (Fault.DAMAGED, r"database disk image is malformed|file is not a database|malformed database"),
     (Fault.BROKEN, r"disk I/O error|unable to open database file|readonly database"),
     (Fault.LOCKED, r"database (table |schema )?is (locked|busy)"),
+    # MLflow looks for a tag or an alias, then adds it; a second look finds it
+    (Fault.RACED, r"(unique constraint failed: |violates unique constraint .)\w*(tag|alias)"),
     (Fault.FAILING, r"too many (408|429|5\d\d) error responses|Server error '5\d\d"),
     (
         Fault.SILENT,

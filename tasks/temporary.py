@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from models.errors import ServiceError, explain
 from tasks.settings import Settings
@@ -201,13 +202,38 @@ def main() -> None:
     threading.Thread(target=_watch, args=(left,), daemon=True).start()
     import uvicorn
     from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
 
-    if left.is_set():
+    end_turn = _turn(get_current_settings().home, left)
+    if end_turn is None:
         return
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     threading.Thread(target=_leave, args=(left, server), daemon=True).start()
+    threading.Thread(target=_started, args=(server, end_turn), daemon=True).start()
     server.run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
+
+
+def _turn(home: Path, left: threading.Event) -> Callable[[], None] | None:
+    """Wait for the turn to start on the database in `home`; returns what ends it.
+
+    Of several servers that make a new database at once, some would find half of its tables.
+    """
+    from filelock import FileLock, Timeout
+
+    home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home / "starting.lock", thread_local=False)
+    while not left.is_set():
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=1)
+            return lock.release
+    return None
+
+
+def _started(server: Any, end_turn: Callable[[], None]) -> None:
+    while not (server.started or server.should_exit):
+        time.sleep(0.05)
+    end_turn()
 
 
 def _watch(left: threading.Event) -> None:
@@ -219,9 +245,9 @@ def _watch(left: threading.Event) -> None:
     left.set()
 
 
-def _leave(left: threading.Event, server: object) -> None:
+def _leave(left: threading.Event, server: Any) -> None:
     left.wait()
-    server.should_exit = True  # type: ignore[attr-defined]
+    server.should_exit = True
     time.sleep(STOP_TIMEOUT_S)
     os._exit(0)
 

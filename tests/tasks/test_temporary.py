@@ -130,6 +130,15 @@ def test_a_server_that_cannot_start_is_a_line(tmp_path: Path) -> None:
     assert "which ended with code 3" in last
 
 
+def test_several_servers_may_make_one_new_database(tmp_path: Path) -> None:
+    code = STARTING + "with server.ready(): print('ready')"
+    children = [command(code, tmp_path) for _ in range(3)]
+    for child in children:
+        out, err = child.communicate(timeout=TIMEOUT_S)
+        assert child.returncode == 0, err[-2000:]
+        assert out.endswith("ready\n") and "Traceback" not in err
+
+
 class NoServer(temporary.TemporaryServer):
     """Answers when it is told to."""
 

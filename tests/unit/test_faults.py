@@ -93,6 +93,16 @@ LOCKED = sqlite3.OperationalError("database is locked")
         ),
         (Coded("busy", "REQUEST_LIMIT_EXCEEDED"), Fault.FAILING),
         (Coded("HTTPConnectionPool: Read timed out.", "INTERNAL_ERROR"), Fault.SILENT),
+        (
+            Coded(
+                "(sqlite3.IntegrityError) UNIQUE constraint failed: model_version_tags.key,"
+                " model_version_tags.name",
+                "BAD_REQUEST",
+            ),
+            Fault.RACED,
+        ),
+        (Coded('violates unique constraint "registered_model_alias_pk"', "BAD"), Fault.RACED),
+        (sqlite3.IntegrityError("UNIQUE constraint failed: runs.run_uuid"), None),
         (ConnectionRefusedError(), Fault.SILENT),
         (TimeoutError(), Fault.SILENT),
         (Coded("no such run", "RESOURCE_DOES_NOT_EXIST"), None),
@@ -107,8 +117,9 @@ def test_what_passes_is_told_from_what_stays(error: Exception, fault: Fault | No
     assert classify(error) is fault
 
 
-def test_only_three_faults_pass() -> None:
-    assert {f for f in Fault if f.passes} == {Fault.LOCKED, Fault.SILENT, Fault.FAILING}
+def test_four_faults_pass() -> None:
+    passing = {Fault.LOCKED, Fault.SILENT, Fault.FAILING, Fault.RACED}
+    assert {f for f in Fault if f.passes} == passing
 
 
 def test_a_failing_server_on_a_full_disk_is_a_full_disk(
