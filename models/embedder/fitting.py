@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from models.embedder.config import FitConfig
 from models.errors import DivergenceError, explain
 from models.lm import precision
+from models.lm.checkpoints import last_whole_checkpoint
 from models.types import MetricSink
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def fit(
     sink: MetricSink,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Train and save to `out`; goes on from the newest checkpoint in `scratch`.
+    """Train and save to `out`; goes on from the newest whole checkpoint in `scratch`.
 
     Logs `embedder/<name>/{loss,grad_norm,learning_rate}`, and the first batch as text, once.
 
@@ -63,7 +64,7 @@ def fit(
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint, set_seed
+    from transformers.trainer_utils import set_seed
 
     limit = encoder.max_seq_length
     if config.max_tokens is not None:
@@ -80,7 +81,8 @@ def fit(
         callbacks=[_sink_callback(sink, name)],
     )
     trainer.remove_callback(PrinterCallback)
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)))
+    last = last_whole_checkpoint(scratch)
+    result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     encoder.max_seq_length = limit
     encoder.eval().save_pretrained(str(out), safe_serialization=True, create_model_card=False)
     return {"steps": float(result.global_step), "loss": float(result.training_loss)}

@@ -39,7 +39,7 @@ from models.judge.config import CrossEncoderConfig
 from models.judge.cot_sft import draw_pairs
 from models.judge.prompt import PairText
 from models.judge.spec import JudgeSpec
-from models.judge.trainer import last_whole_checkpoint
+from models.lm.checkpoints import last_whole_checkpoint
 from models.types import GRADES, MetricSink, Pair, Product, Query
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from models.errors import ConfigError, DivergenceError, explain
 from models.judge.config import LoraSettings, OptimiserConfig
+from models.lm.checkpoints import last_whole_checkpoint
 from models.lm.shared_prefix import SharedPrefixLM
 from models.metrics import Mean
 from models.types import MetricSink
@@ -181,12 +182,6 @@ class JudgeTrainer(Trainer):
         if last is not None:
             log.info("%s: going on from %s", self.stage, last.name)
         self.train(resume_from_checkpoint=None if last is None else str(last))
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose trainer_state.json, written last, is there."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 class _ToSink(TrainerCallback):

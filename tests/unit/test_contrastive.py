@@ -357,3 +357,23 @@ def test_resumed_equals_straight(
     )
     assert np.allclose(straight, resumed, atol=1e-6)
     assert not np.allclose(straight, encode(load_encoder(str(encoder_dir)), texts), atol=1e-2)
+
+
+@pytest.mark.parametrize("state", [None, ""])
+def test_a_half_written_checkpoint_is_passed_over(
+    store: Store, encoder_dir: Path, tmp_path: Path, state: str | None
+) -> None:
+    """A kill or a full disk while checkpoint 24 was being written; 8 and 16 are whole."""
+    config, scratch = FAST.model_copy(update={"steps": 20}), tmp_path / "scratch"
+
+    def train(name: str, where: Path) -> np.ndarray:
+        train_contrastive(str(encoder_dir), store, config, tmp_path / name, where, ListSink())
+        return encode(load_encoder(str(tmp_path / name)), ["red sofa", "blue cup"])
+
+    straight = train("straight", scratch)
+    half = scratch / "checkpoint-24"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"cut")
+    if state is not None:
+        (half / "trainer_state.json").write_text(state)
+    assert np.allclose(straight, train("resumed", scratch), atol=1e-6)
