@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
@@ -31,13 +31,18 @@ class RetrievalEvalConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    depth: int = Field(100, ge=10)
-    """Products ranked a query; the largest cut-off."""
     ks: tuple[int, ...] = (10, 100)
     """Cut-offs of Recall, Hitrate, Goodrate and judged."""
+    depth: int = Field(100, ge=10, validate_default=True)
+    """Products ranked a query; raised to the largest of `ks`, which a shorter run would belie."""
     judged_queries: int = Field(48, ge=0)
     """Test queries whose top 10 the judge reads for Goodrate@10; 0 leaves Goodrate out."""
     seed: int = 0
+
+    @field_validator("depth")
+    @classmethod
+    def _reaches_every_cutoff(cls, depth: int, info: ValidationInfo) -> int:
+        return max((depth, *info.data.get("ks", ())))
 
 
 @stage(name="evaluate_judge", kind="evaluation", code_version="2")

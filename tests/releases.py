@@ -109,7 +109,7 @@ def make_release(
     evaluations = {
         "judge": evaluate_judge_stage.make(quality=quality, answers={"x": answers}, store=store),
         "retrieval": evaluate_retrieval_stage.make(
-            quality=quality, config=RetrievalEvalConfig(depth=11), encoder=encoder, store=store
+            quality=quality, config=RetrievalEvalConfig(depth=110), encoder=encoder, store=store
         ),
     }
     refs = {"judge": made, "embedder": encoder, "index": built}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tasks.evaluate import evaluation_report
+import pytest
+
+from tasks.evaluate import RetrievalEvalConfig, evaluation_report
 
 
 def test_the_last_row_is_read_by_segment_and_what_is_missing_is_blank() -> None:
@@ -26,3 +28,19 @@ def test_the_last_row_is_read_by_segment_and_what_is_missing_is_blank() -> None:
         "| --- | ---: | ---: | ---: |",
         "| brand | 3 | 0.375 |  |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "depth"),
+    [
+        ({}, 100),
+        ({"ks": (5, 20)}, 100),
+        ({"ks": (10, 6000)}, 6000),
+        ({"depth": 11}, 100),
+        ({"depth": 500}, 500),
+        ({"depth": 20, "ks": ()}, 20),
+    ],
+)
+def test_a_run_is_as_deep_as_its_largest_cutoff(settings: dict[str, object], depth: int) -> None:
+    config = RetrievalEvalConfig.model_validate(settings)
+    assert config.depth == config.model_dump(mode="json")["depth"] == depth

@@ -597,7 +597,7 @@ def test_a_champion_of_another_set_is_measured_on_the_candidates(sets: list[Rele
     assert (answers["config"].max_pairs, answers["config"].reasoning_pairs) == (9, 0)
     assert built["encoder"] == old.parts["embedder"].ref and built["config"].sample == 7
     assert retrieved["encoders"] == {"champion": old.parts["embedder"].ref}
-    assert (retrieved["config"].depth, retrieved["config"].judged_queries) == (11, 0)
+    assert (retrieved["config"].depth, retrieved["config"].judged_queries) == (110, 0)
     stores = {inputs["store"].label for inputs in (answers, judged, built, retrieved)}
     assert stores == set(new.parts["judge"].ref.parents)
     # the champion's own numbers (.4) were of the other set; .9 is what it reaches on this one
