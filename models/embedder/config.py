@@ -144,7 +144,7 @@ class RetrievalGRPOConfig(BaseModel):
     """Pairs of the anchor, a step."""
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives of the anchor."""
-    std_floor: float = Field(default=1e-3, ge=0)
+    std_floor: float = Field(default=1e-3, gt=0)
     """Groups whose reward std is below are skipped."""
     lr: float = Field(default=4e-5, gt=0)
     """Peak learning rate of AdamW, linear decay after `warmup_steps`."""

@@ -468,3 +468,8 @@ def test_a_store_without_validation_judgments_is_refused(
 def test_config_rejects_unknown_keys() -> None:
     with pytest.raises(ValueError, match="temperature"):
         RetrievalGRPOConfig(temperature=1.0)  # type: ignore[call-arg]
+
+
+def test_config_rejects_a_floor_that_would_divide_equal_rewards_by_zero() -> None:
+    with pytest.raises(ValueError, match="std_floor"):
+        RetrievalGRPOConfig(std_floor=0.0)
