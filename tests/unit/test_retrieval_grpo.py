@@ -473,3 +473,33 @@ def test_config_rejects_unknown_keys() -> None:
 def test_config_rejects_a_floor_that_would_divide_equal_rewards_by_zero() -> None:
     with pytest.raises(ValueError, match="std_floor"):
         RetrievalGRPOConfig(std_floor=0.0)
+
+
+@pytest.fixture(scope="module")
+def half_judged(store: Store) -> Store:
+    """People judged the own products of the "new" train queries, six each; of "good" ones none."""
+    keep = [
+        row["query_id"][:2] not in ("q0", "q1")
+        or (row["query_id"].startswith("q0") and row["grade"] == 4)
+        for row in store.judgments.to_pylist()
+    ]
+    judgments = store.judgments.filter(pa.array(keep))
+    return Store(store.products, store.queries, judgments, store.interactions, {})
+
+
+def test_a_batch_gathers_the_judged_products_of_judged_queries(
+    half_judged: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    config = FAST.model_copy(update={"pool": "batch", "batch_queries": 2, "k": 6, "steps": 9})
+    run = Run(str(encoder_dir), half_judged, [quality], config, tmp_path, ListSink(), "cpu")
+    assert {q.query_id for q in run.queries} == {f"q0-{k}" for k in KINDS}
+    run.train()
+    assert run.step == 9
+
+
+def test_a_batch_that_cannot_hold_k_products_is_refused_before_the_first_step(
+    half_judged: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    config = FAST.model_copy(update={"pool": "batch", "batch_queries": 2, "k": 13})
+    with pytest.raises(ConfigError, match=r"12 judged products in batch 0 of 2.*k = 13.*pool"):
+        Run(str(encoder_dir), half_judged, [quality], config, tmp_path, ListSink(), "cpu")
