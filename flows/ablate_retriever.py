@@ -86,7 +86,7 @@ def row_plan(name: str, config: EmbedderConfig, seed: int) -> RowPlan:
         raise ConfigError(explain(f"row {name!r}", f"some of {', '.join(TITLES)}", "fix --rows"))
     if name in ("random", "bm25"):
         return RowPlan(channel="random" if name == "random" else "bm25")
-    seeded = {"seed": seed}
+    config, seeded = config.with_sft_positives(), {"seed": seed}
     sft = config.sft.model_copy(update=seeded)
     if name in ("base", "sft"):
         return RowPlan(sft=sft if name == "sft" else None)

@@ -113,6 +113,17 @@ class EmbedderConfig(_Config):
     index: IndexConfig = IndexConfig()
     evaluation: RetrievalEvalConfig = RetrievalEvalConfig()
 
+    def with_sft_positives(self) -> EmbedderConfig:
+        """Later stages with the positives of SFT: its events or none, and as many pairs."""
+        events = {"interactions": self.sft.interactions}
+        anchor = events | {"anchor_pairs": self.sft.max_pairs}
+        stages = {
+            "rgrpo": self.rgrpo.model_copy(update=anchor),
+            "mining": self.mining.model_copy(update=events),
+            "hard": self.hard.model_copy(update=events),
+        }
+        return self.model_copy(update=stages)
+
 
 class PipelineConfig(_Config):
     """One run of the whole chain."""

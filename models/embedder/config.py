@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+SFT_PAIRS = 20_000
+"""Pairs SFT keeps, and so the anchor of Retrieval-GRPO."""
+
 
 class FitConfig(BaseModel):
     """What every stage that fits an encoder with sentence-transformers' trainer can set."""
@@ -38,7 +41,7 @@ class ContrastiveConfig(FitConfig):
 
     global_negatives: int = Field(default=32, ge=0)
     """Products drawn uniformly from the whole catalogue, a step [TaoSearchEmb s3.1]."""
-    max_pairs: int | None = Field(default=20_000, ge=2)
+    max_pairs: int | None = Field(default=SFT_PAIRS, ge=2)
     """Pairs kept, drawn at random; None: all."""
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives (4: the Excellent ones); grade 4 weighs 1,
@@ -67,6 +70,9 @@ class MiningConfig(BaseModel):
     """Negatives kept a query, the nearest first."""
     max_good: float = Field(default=0.5, ge=0, le=1)
     """Largest P3 + P4 of a negative; .5: the judge says grade 1 or 2."""
+    interactions: bool = Field(default=True, exclude_if=bool)
+    """Whether cart and purchase events are positives too; the flows take SFT's. Not in the dump
+    when true, so that what was made before it could be turned off stays valid."""
     seed: int = 0
 
 
@@ -90,6 +96,8 @@ class HardNegativeConfig(FitConfig):
     """Weight of in-batch InfoNCE beside it, as in Retrieval-GRPO; 0 turns it off."""
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives."""
+    interactions: bool = Field(default=True, exclude_if=bool)
+    """As in MiningConfig."""
     lr: float = Field(default=4e-5, gt=0)
     """Peak learning rate of AdamW, linear decay."""
 
@@ -144,6 +152,11 @@ class RetrievalGRPOConfig(BaseModel):
     """Pairs of the anchor, a step."""
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives of the anchor."""
+    interactions: bool = Field(default=True, exclude_if=bool)
+    """As in MiningConfig."""
+    anchor_pairs: int | None = Field(default=SFT_PAIRS, ge=2, exclude_if=lambda n: n == SFT_PAIRS)
+    """Pairs of the anchor, drawn at random; None: all. The flows take SFT's `max_pairs`, and the
+    dump leaves it out like `interactions`."""
     std_floor: float = Field(default=1e-3, gt=0)
     """Groups whose reward std is below are skipped."""
     lr: float = Field(default=4e-5, gt=0)

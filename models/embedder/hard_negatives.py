@@ -160,7 +160,9 @@ def train_on_hard_negatives(
     Raises:
         DataContractError: fewer than two such pairs. DivergenceError: the loss is not finite.
     """
-    wanted = ContrastiveConfig(min_grade=config.min_grade, max_pairs=None)
+    wanted = ContrastiveConfig(
+        min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
+    )
     pairs = [p for p in positive_pairs(store, wanted) if negatives.get(p.query_id)]
     if len(pairs) < 2:
         raise DataContractError(

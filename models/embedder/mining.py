@@ -3,7 +3,8 @@
 Consumes an encoder, an index of the catalogue, a store's train queries and a judge -> produces
 hard_negatives.jsonl. The paper's method needs none; its rivals in the table do.
 
-Never mined: what people judged grade 3 or 4, a query's positive by an event, and copies of them.
+Never mined: what people judged grade 3 or 4, a query's positive by an event where events
+count, and copies of them.
 What nobody judged is the judge's to say, so a judge that is wrong makes false negatives; the share
 of mined products that people judged, and judged poor as well, is returned.
 """
@@ -65,12 +66,13 @@ def mine(
     Raises:
         DataContractError: nothing was mined.
     """
-    pairs = positive_pairs(store, ContrastiveConfig(min_grade=3, max_pairs=None))
+    wanted = ContrastiveConfig(min_grade=3, interactions=config.interactions, max_pairs=None)
+    pairs = positive_pairs(store, wanted)
     copies = Copies(store.product_by_id)
     known = {q: copies.all_of(ids) for q, ids in known_positives(store, pairs).items()}
-    wanted = list(dict.fromkeys(p.query_id for p in pairs))
-    order = np.random.default_rng(config.seed).permutation(len(wanted))[: config.max_queries]
-    queries = [store.query_by_id[wanted[i]] for i in order]
+    asked_for = list(dict.fromkeys(p.query_id for p in pairs))
+    order = np.random.default_rng(config.seed).permutation(len(asked_for))[: config.max_queries]
+    queries = [store.query_by_id[asked_for[i]] for i in order]
     started = time.perf_counter()
     vectors_QD = encode(encoder, [q.text for q in queries], prompt="query")
     ids_QK, scores_QK = index.search(vectors_QD, config.depth)

@@ -163,9 +163,12 @@ class Run:
         self.pool = CandidatePool([store.product_by_id[p] for p in ids], bf16=config.bf16)
         self.anchor: list[PositivePair] = []
         if config.sft_weight > 0:
-            anchor = ContrastiveConfig(min_grade=config.min_grade, seed=config.seed)
-            self.anchor = positive_pairs(store, anchor)
-            self.known = known_positives(store, self.anchor)
+            every = ContrastiveConfig(
+                min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
+            )
+            cut = {"max_pairs": config.anchor_pairs, "seed": config.seed}
+            self.anchor = positive_pairs(store, every.model_copy(update=cut))
+            self.known = known_positives(store, positive_pairs(store, every))
             self.copies = Copies(store.product_by_id)
         log.info("rgrpo: %d queries, pool of %d products", len(self.queries), len(ids))
 

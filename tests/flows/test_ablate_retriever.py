@@ -75,6 +75,19 @@ def test_the_rows_of_the_recipe_are_those_of_an_ordinary_run() -> None:
     assert (own.sft, own.rgrpo, own.rewards) == (EMBEDDER.sft, EMBEDDER.rgrpo, EMBEDDER.rewards)
 
 
+def test_later_stages_take_the_positives_of_sft() -> None:
+    sft = EMBEDDER.sft.model_copy(update={"interactions": False, "max_pairs": 7})
+    config = EMBEDDER.model_copy(update={"sft": sft})
+    rgrpo, ranking = row_plan("rgrpo", config, 0), row_plan("ranking", config, 0)
+    assert rgrpo.rgrpo is not None and ranking.mining is not None and ranking.hard is not None
+    assert (rgrpo.rgrpo.interactions, rgrpo.rgrpo.anchor_pairs) == (False, 7)
+    assert not ranking.mining.interactions and not ranking.hard.interactions
+    for kept in (EMBEDDER.rgrpo, EMBEDDER.mining, EMBEDDER.hard):
+        assert not {"interactions", "anchor_pairs"} & kept.model_dump().keys(), "identities stay"
+    dumped = rgrpo.rgrpo.model_dump()
+    assert (dumped["interactions"], dumped["anchor_pairs"]) == (False, 7)
+
+
 def test_means_over_seeds_and_pooled_metrics_as_arithmetic() -> None:
     one = {"hitrate@10": {"q": (1.0, 4.0), "r": (2.0, 2.0)}, "ndcg@10": {"q": (0.5, 1.0)}}
     two = {"hitrate@10": {"q": (3.0, 4.0), "r": (2.0, 2.0)}, "ndcg@10": {"q": (0.7, 1.0)}}

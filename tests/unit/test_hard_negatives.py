@@ -98,6 +98,24 @@ def test_mined_products_are_near_and_poor_and_no_known_positive(
     assert counts["agreed"] == 1.0 or math.isnan(counts["agreed"])
 
 
+@pytest.mark.parametrize("events", [True, False])
+def test_events_are_positives_where_they_count(
+    store: Store, encoder_dir: Path, tmp_path: Path, events: bool
+) -> None:
+    rows = [{"query_id": "q-sofa", "product_id": "zed-lamp", "event": "cart"}]
+    interactions = pa.Table.from_pylist(rows, schema=TABLES["interactions"])
+    carts = Store(store.products, store.queries, store.judgments, interactions, {})
+    found, _, _ = mined(carts, encoder_dir, per_query=16, interactions=events)
+    assert (("q-sofa", "zed-lamp") in {(n.query_id, n.product_id) for n in found}) is not events
+    config = FAST.model_copy(update={"steps": 1, "interactions": events})
+    negatives = {"q-sofa": ["acme-lamp"], "q-lamp": ["acme-sofa"]}
+    folders = (tmp_path / "out", tmp_path / "scratch")
+    numbers = train_on_hard_negatives(
+        str(encoder_dir), carts, negatives, config, *folders, ListSink()
+    )
+    assert numbers["pairs"] == 2 + events
+
+
 def test_a_judge_that_calls_all_good_leaves_nothing(store: Store, encoder_dir: Path) -> None:
     with pytest.raises(DataContractError, match=r"max_good.*depth"):
         mined(store, encoder_dir, max_good=0.05)

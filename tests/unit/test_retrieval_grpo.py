@@ -503,3 +503,26 @@ def test_a_batch_that_cannot_hold_k_products_is_refused_before_the_first_step(
     config = FAST.model_copy(update={"pool": "batch", "batch_queries": 2, "k": 13})
     with pytest.raises(ConfigError, match=r"12 judged products in batch 0 of 2.*k = 13.*pool"):
         Run(str(encoder_dir), half_judged, [quality], config, tmp_path, ListSink(), "cpu")
+
+
+@pytest.mark.parametrize(("events", "pairs"), [(True, 2), (True, None), (False, None)])
+def test_the_anchor_has_the_events_it_is_told_to_and_masks_what_was_cut(
+    store: Store,
+    encoder_dir: Path,
+    quality: Quality,
+    tmp_path: Path,
+    events: bool,
+    pairs: int | None,
+) -> None:
+    rows = [
+        {"query_id": "q0-sofa", "product_id": "acme-lamp", "event": "cart"},
+        {"query_id": "q0-sofa", "product_id": "acme-rug", "event": "purchase"},
+    ]
+    interactions = pa.Table.from_pylist(rows, schema=TABLES["interactions"])
+    good = store.judgments.filter(pa.compute.equal(store.judgments["grade"], 4))
+    carts = Store(store.products, store.queries, good, interactions, {})
+    config = FAST.model_copy(update={"interactions": events, "anchor_pairs": pairs})
+    run = Run(str(encoder_dir), carts, [quality], config, tmp_path, ListSink(), "cpu")
+    judged = 2 * len(KINDS) * len(MAKERS)
+    assert len(run.anchor) == (pairs or judged + 2 * events)
+    assert ({"acme-lamp", "acme-rug"} <= run.known["q0-sofa"]) is events
