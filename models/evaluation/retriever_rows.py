@@ -31,6 +31,8 @@ from models.types import Product, Query
 Parts = Mapping[str, Mapping[str, tuple[float, float]]]
 """{metric: {query_id: (numerator, weight)}}."""
 NAN = float("nan")
+PICKS_AT_ONCE = 1 << 20
+"""Queries drawn at once by the bootstrap: 24 MB."""
 
 
 def row_parts(
@@ -105,8 +107,12 @@ def interval(
         return NAN, NAN, NAN
     values_Q2 = np.asarray(parts, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    picks_SQ = rng.integers(0, len(values_Q2), (num_samples, len(values_Q2)))
-    sums_S2 = values_Q2[picks_SQ].sum(1)
+    sums_S2 = np.empty((num_samples, 2))
+    samples = max(1, PICKS_AT_ONCE // len(values_Q2))
+    for start in range(0, num_samples, samples):
+        part_C2 = sums_S2[start : start + samples]
+        picks_CQ = rng.integers(0, len(values_Q2), (len(part_C2), len(values_Q2)))
+        part_C2[:] = values_Q2[picks_CQ].sum(1)
     low, high = np.percentile(sums_S2[:, 0] / sums_S2[:, 1], [2.5, 97.5])
     numerator, weight = values_Q2.sum(0)
     return float(numerator / weight), float(low), float(high)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flows import ablate_retriever as flow
 from flows.ablate_retriever import TITLES, RowPlan, ablate_retriever, ablation_table, row_plan
 from models.errors import ConfigError
+from models.evaluation import retriever_rows
 from models.evaluation.retriever_rows import interval, over_seeds, table_rows
 from tasks.artifacts import ArtifactRef
 from tasks.retriever_ablation import PLOT, REPORT, TABLE
@@ -105,6 +108,25 @@ def test_means_over_seeds_and_pooled_metrics_as_arithmetic() -> None:
     assert [r["segment"] for r in rows if r["run"] == "a"] == ["all", "general", "negation"]
     with pytest.raises(ValueError, match="hitrate@10 compared query by query"):
         table_rows({"a": [one], "b": [one]}, {"q": "general"}, "b", compared=["hitrate@10"])
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_an_interval_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    values_Q2 = np.random.default_rng(1).random((7, 2)) + 0.1
+    picks_SQ = np.random.default_rng(5).integers(0, 7, (300, 7))
+    sums_S2 = values_Q2[picks_SQ].sum(1)
+    low, high = np.percentile(sums_S2[:, 0] / sums_S2[:, 1], [2.5, 97.5])
+    monkeypatch.setattr(retriever_rows, "PICKS_AT_ONCE", at_once)
+    got = interval([(a, b) for a, b in values_Q2.tolist()], num_samples=300, seed=5)
+    assert got[1:] == (low, high)
+
+
+def test_an_interval_over_many_queries_takes_little_memory() -> None:
+    tracemalloc.start()
+    interval([(1.0, 1.0)] * 22_000, num_samples=200)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 40e6, "200 x 22,000 x (2 doubles and a number) are 106 MB"
 
 
 @pytest.mark.parametrize(("rows", "seeds"), [(["sft", "bert"], [0]), ([], [0]), (["sft"], [1, 1])])
