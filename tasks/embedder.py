@@ -212,16 +212,15 @@ def embedder_hard(
 
 
 def judge_cost(relevance: Any) -> dict[str, float]:
-    """What a stage asked of the judge, whatever the cache already knew, since its last start.
+    """What a stage asked of the judge, whatever the cache already knew.
 
     judge/pairs: distinct pairs; judge/tokens: read with an empty cache, shared ones once;
     judge/pairs_computed: pairs the cache did not have.
     """
-    asked = list(relevance.asked.values())
     return {
-        "judge/pairs": float(len(asked)),
+        "judge/pairs": float(relevance.num_pairs),
         "judge/pairs_computed": float(relevance.computed),
-        "judge/tokens": float(relevance.judge.num_tokens(asked)),
+        "judge/tokens": float(relevance.num_tokens),
     }
 
 
@@ -235,4 +234,4 @@ def judge_relevance(
     model = ScoringJudge.load(ctx.open(judge), ctx.settings.torch_device)
     path = ctx.settings.home / "scores" / f"{judge.fingerprint[:16]}.sqlite"
     cache = ScoreCache(path, judge.fingerprint, model.rules_version)
-    return JudgeRelevance(model, cache, readout, weight)  # type: ignore[arg-type]
+    return JudgeRelevance(model, cache, readout, weight, model.num_tokens)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ from models.embedder.retrieval_grpo import retrieval_grpo
 from models.errors import DataContractError, DivergenceError, explain
 from models.lm.precision import autocast
 from models.objectives.infonce import infonce
-from models.rewards.base import Reward, total_reward
+from models.rewards.base import Counting, Reward, total_reward
 from models.store import Store
 from models.text import product_text
 from models.types import RELEVANT_GRADE, MetricSink, Product, Query
@@ -406,11 +406,14 @@ class Run:
         fresh.rename(folder)
 
     def _checkpoint(self) -> None:
-        """Encoder, optimiser, watches and pool of this step; the last one written is the truth."""
+        """Encoder, optimiser, watches, pool and counts; the last one written is the truth."""
         folder = self.scratch / f"step-{self.step}"
         self._save(folder)
         torch.save(self.optimiser.state_dict(), folder / "optimiser.pt")
         np.save(folder / "pool.npy", self.pool.vectors_ND)
+        for reward in self.rewards:
+            if isinstance(reward, Counting):
+                np.savez(folder / f"{reward.name}.npz", **reward.state())  # type: ignore[arg-type]
         state = {
             "step": self.step,
             "watches": [dataclasses.asdict(w) for w in self.watches],
@@ -436,6 +439,10 @@ class Run:
         self.watches = [Watch(**w) for w in state["watches"]]
         self.best = None if state["best"] is None else Watch(**state["best"])
         self.pool.adopt(np.load(folder / "pool.npy"))
+        for reward in self.rewards:
+            kept = folder / f"{reward.name}.npz"  # not in checkpoints from before there were counts
+            if isinstance(reward, Counting) and kept.is_file():
+                reward.restore(np.load(kept))
         reference = np.load(self.scratch / "reference.npz")
         self.ref_queries_QD, self.ref_pool_ND = reference["queries"], reference["pool"]
         log.info("rgrpo: going on from step %d", self.step)

@@ -7,7 +7,7 @@ decode its steps before its grade can be read, one token a pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +105,21 @@ class ScoringJudge:
             for prompt, text in zip(prompts, steps, strict=True)
         ]
 
-    def num_tokens(self, pairs: Iterable[tuple[Query, Product]]) -> int:
-        """Tokens read to score `pairs` in one call: rules once, each query once, each pair once."""
+    def num_tokens(
+        self, pairs: Iterable[tuple[Query, Product]], before: Collection[str] = ()
+    ) -> int:
+        """Tokens read to score `pairs` in one call: rules once, each query once, each pair once.
+
+        before: ids of queries that were read already, as were the rules if there are any.
+        """
         queries: dict[str, int] = {}
         items = 0
         for query, product in pairs:
-            if query.query_id not in queries:
+            if query.query_id not in queries and query.query_id not in before:
                 queries[query.query_id] = len(self.encoder.query_segment(query))
             items += len(self.encoder.item_segment(query, product))
-        return (len(self.encoder.root) if queries else 0) + sum(queries.values()) + items
+        rules = len(self.encoder.root) if queries and not before else 0
+        return rules + sum(queries.values()) + items
 
     def _rules(self) -> Frontier:
         if self._root is None:

@@ -7,8 +7,8 @@ Shapes: Q queries, K candidates each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,19 @@ class Reward(Protocol):
         self, queries: Sequence[Query], candidates: Sequence[Sequence[Product]]
     ) -> np.ndarray:
         """Rewards [Q, K] in [0, 1], float32."""
+        ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A reward with counts that a checkpoint keeps, so that a resumed run reports the whole."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The counts, as arrays of numbers or text."""
+        ...
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from `state`."""
         ...
 
 

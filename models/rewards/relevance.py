@@ -10,7 +10,7 @@ import hashlib
 import json
 import sqlite3
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,10 @@ from models.text import normalise
 from models.types import GRADES, Judge, Product, Query
 
 Readout = Literal["good", "expected"]
+Pairs = Sequence[tuple[Query, Product]]
+CountTokens = Callable[[Pairs, Collection[str]], int]
+"""(pairs, ids of the queries read before) -> tokens the judge reads for them on top."""
+KEY_BYTES = 32
 _ROW = struct.Struct(f"<{len(GRADES)}d")
 
 
@@ -120,9 +124,14 @@ def read_out(p_N4: np.ndarray, readout: Readout = "good") -> np.ndarray:
 class JudgeRelevance:
     """f(q, d) in [0, 1] from a judge's P(grade), through a cache [TaoSearchEmb s3.2].
 
+    Args:
+        count_tokens: counts a pair when it is first asked for; None: `num_tokens` stays 0.
+
     Attributes:
-        asked: distinct pairs asked for since it was made, cached or not.
-        computed: pairs that the judge itself had to read.
+        num_pairs: distinct pairs asked for, cached or not.
+        num_tokens: what the judge reads for those with an empty cache, shared tokens once.
+        computed: pairs that the judge itself had to read; those it read between a checkpoint and
+            a kill are the cache's afterwards.
     """
 
     name = "relevance"
@@ -133,13 +142,46 @@ class JudgeRelevance:
         cache: ScoreCache,
         readout: Readout = "good",
         weight: float = 1.0,
+        count_tokens: CountTokens | None = None,
     ) -> None:
         self.judge = judge
         self.cache = cache
         self.readout: Readout = readout
         self.weight = weight
-        self.asked: dict[bytes, tuple[Query, Product]] = {}
+        self.count_tokens = count_tokens
+        self.num_tokens = 0
         self.computed = 0
+        self._keys: set[bytes] = set()
+        self._query_ids: set[str] = set()
+
+    @property
+    def num_pairs(self) -> int:
+        """Distinct pairs asked for."""
+        return len(self._keys)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The counts and what was counted, for a checkpoint."""
+        keys = np.frombuffer(b"".join(sorted(self._keys)), dtype=np.uint8)
+        counts = (self.num_tokens, self.computed, self.cache.hits, self.cache.misses)
+        return {
+            "counts": np.array(counts, dtype=np.int64),
+            "keys": keys.reshape(-1, KEY_BYTES),
+            "query_ids": np.array(sorted(self._query_ids), dtype=np.str_),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on counting from `state`."""
+        counts = map(int, state["counts"])
+        self.num_tokens, self.computed, self.cache.hits, self.cache.misses = counts
+        self._keys = {row.tobytes() for row in state["keys"]}
+        self._query_ids = set(state["query_ids"].tolist())
+
+    def _count(self, pairs: Mapping[bytes, tuple[Query, Product]]) -> None:
+        fresh = [pair for key, pair in pairs.items() if key not in self._keys]
+        if self.count_tokens is not None:
+            self.num_tokens += self.count_tokens(fresh, self._query_ids)
+        self._keys |= pairs.keys()
+        self._query_ids |= {query.query_id for query, _ in fresh}
 
     def probabilities(self, pairs: Sequence[tuple[Query, Product]]) -> np.ndarray:
         """P(grade) [N, 4] float64; the judge is asked, once, only for what the cache lacks.
@@ -148,7 +190,7 @@ class JudgeRelevance:
             ConfigError: the judge answers with another number of rows, or not with numbers.
         """
         keys = [self.cache.key(query, product) for query, product in pairs]
-        self.asked |= dict(zip(keys, pairs, strict=True))
+        self._count(dict(zip(keys, pairs, strict=True)))
         known = self.cache.get(keys)
         missing = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}
         if missing:

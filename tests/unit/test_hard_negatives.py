@@ -93,7 +93,7 @@ def test_mined_products_are_near_and_poor_and_no_known_positive(
         nearer = set(range(1, own[-1].rank)) - {n.rank for n in own}
         assert len(nearer) <= len(MAKERS), "only the four of the asked kind may lie between"
     assert counts["queries"] == 3 and counts["queries_without"] == 0
-    assert counts["candidates"] == 3 * (16 - 1) == len(relevance.asked) == relevance.computed
+    assert counts["candidates"] == 3 * (16 - 1) == relevance.num_pairs == relevance.computed
     assert counts["negatives"] == 9
     assert counts["agreed"] == 1.0 or math.isnan(counts["agreed"])
 

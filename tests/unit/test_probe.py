@@ -131,6 +131,15 @@ def test_only_the_grade_rows_move_and_a_reloaded_model_has_them(
     assert kept == pytest.approx(ScoringJudge(model, encoder).score(asked), abs=1e-5)
 
 
+def test_tokens_counted_in_parts_are_those_of_one_call(base: str, pairs: list[Pair]) -> None:
+    judge = ScoringJudge(*opened(base))
+    asked = [(p.query, p.product) for p in pairs[:9]]
+    first = {q.query_id for q, _ in asked[:4]}
+    assert judge.num_tokens([]) == judge.num_tokens([], first) == 0
+    parts = judge.num_tokens(asked[:4]) + judge.num_tokens(asked[4:], first)
+    assert parts == judge.num_tokens(asked)
+
+
 def test_the_probed_judge_knows_its_pairs_better_than_the_base(
     base: str, pairs: list[Pair]
 ) -> None:

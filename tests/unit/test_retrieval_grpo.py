@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from models.errors import ConfigError, DataContractError, DivergenceError
 from models.lm.weights import fingerprint
 from models.metrics import ListSink
 from models.rewards.quality import Quality
+from models.rewards.relevance import JudgeRelevance, ScoreCache
 from models.schemas import TABLES
 from models.store import Store
-from models.types import Product
+from models.types import Product, Query
 
 KINDS = ("sofa", "lamp", "rug", "mug", "hat", "desk")
 MAKERS = ("acme", "zed", "bolt", "fern", "grit", "halo")
@@ -396,6 +398,53 @@ def test_resumed_equals_straight(
         for n in ("straight", "resumed")
     )
     assert np.allclose(straight, resumed, atol=1e-6)
+
+
+class KindJudge:
+    """Good for the asked kind; reads a token of rules, one a query and one a pair."""
+
+    def score(self, pairs: Sequence[tuple[Query, Product]]) -> list[list[float]]:
+        right = [q.text.split()[0] in p.title for q, p in pairs]
+        return [[0.0, 0.1, 0.2, 0.7] if r else [0.8, 0.1, 0.1, 0.0] for r in right]
+
+    def num_tokens(
+        self, pairs: Sequence[tuple[Query, Product]], before: Collection[str] = ()
+    ) -> int:
+        new = {q.query_id for q, _ in pairs} - set(before)
+        return (bool(new) and not before) + len(new) + len(pairs)
+
+
+def test_a_resumed_run_counts_what_it_asked_before(
+    store: Store, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = KindJudge()
+
+    def train(name: str) -> JudgeRelevance:
+        cache = ScoreCache(tmp_path / f"{name}.sqlite", "v1")
+        reward = JudgeRelevance(judge, cache, count_tokens=judge.num_tokens)
+        folders = (tmp_path / name, tmp_path / f"{name}-scratch")
+        train_retrieval_grpo(str(encoder_dir), store, [reward], FAST, *folders, ListSink())
+        return reward
+
+    straight = train("straight")
+    original, calls = retrieval_run.retrieval_grpo, 0
+
+    def dies_at_step_9(*args: Any, **kwargs: Any) -> GroupLoss:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(retrieval_run, "retrieval_grpo", dies_at_step_9)
+    with pytest.raises(KeyboardInterrupt):
+        train("resumed")
+    monkeypatch.setattr(retrieval_run, "retrieval_grpo", original)
+    resumed = train("resumed")
+    assert (resumed.num_pairs, resumed.num_tokens) == (straight.num_pairs, straight.num_tokens)
+    assert straight.num_tokens == 1 + len(straight.state()["query_ids"]) + straight.num_pairs
+    # what the judge read after the checkpoint of step 8 is the cache's at the second start
+    assert straight.computed - FAST.batch_queries * FAST.k <= resumed.computed <= straight.computed
 
 
 def test_a_collapsing_run_stops_and_keeps_the_last_good_encoder(
