@@ -5,7 +5,9 @@ Consumes an encoder and products -> produces row numbers of a catalogue pool, wi
 Two pools. "index": the whole catalogue, or a seeded sample of it, embedded every so often and
 searched exactly; stale between refreshes, and the staleness is stated in steps (`pool_age`) and
 measured at each refresh (`stale_share`). "batch": the
-positives gathered in the batch, as in the paper, always fresh but noisy.
+items gathered in the batch, as in the paper, always fresh but noisy. Which items those are is ours:
+the products that people judged for the batch's queries, of any grade, and unjudged queries are not
+drawn.
 
 Shapes: N products, Q queries, K candidates, D dim.
 """

@@ -230,6 +230,7 @@ def train_retrieval_grpo(
     Raises:
         DivergenceError: the loss is not finite, or the encoder collapsed; `out` then holds the best
             encoder seen. DataContractError: no train queries, or no judged validation queries.
+        ConfigError: with pool=batch, a batch of the run would gather fewer than k products.
     """
     from models.embedder.retrieval_run import Run
 

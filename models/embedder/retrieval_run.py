@@ -32,7 +32,7 @@ from models.embedder.pairs import (
     positive_pairs,
 )
 from models.embedder.retrieval_grpo import retrieval_grpo
-from models.errors import DataContractError, DivergenceError, explain
+from models.errors import ConfigError, DataContractError, DivergenceError, explain
 from models.lm.precision import autocast
 from models.objectives.infonce import infonce
 from models.rewards.base import Counting, Reward, total_reward
@@ -137,7 +137,10 @@ class Run:
     def _choose_data(self) -> None:
         store, config = self.store, self.config
         rng = np.random.default_rng(config.seed)
+        judged = store.qrels("train")
         train = store.query_ids("train")
+        if config.pool == "batch":
+            train = [q for q in train if judged.get(q)]
         qrels = {
             q: relevant
             for q, row in store.qrels("validation").items()
@@ -147,13 +150,12 @@ class Run:
             raise DataContractError(
                 explain(
                     f"{len(train)} train and {len(qrels)} judged validation queries",
-                    "at least one of each",
+                    "at least one of each (for pool=batch a judged train query)",
                     "check the split and the grades of this store",
                 )
             )
         self.queries = [store.query_by_id[q] for q in _some(train, config.max_queries, rng)]
         self.val_relevant = {q: qrels[q] for q in _some(list(qrels), config.val_queries, rng)}
-        judged = store.qrels("train")
         self.judged = {q.query_id: list(judged.get(q.query_id, ())) for q in self.queries}
         keep = {p for row in self.judged.values() for p in row}
         for relevant in self.val_relevant.values():
@@ -170,7 +172,27 @@ class Run:
             self.anchor = positive_pairs(store, every.model_copy(update=cut))
             self.known = known_positives(store, positive_pairs(store, every))
             self.copies = Copies(store.product_by_id)
+        if config.pool == "batch":
+            self._check_batches()
         log.info("rgrpo: %d queries, pool of %d products", len(self.queries), len(ids))
+
+    def _check_batches(self) -> None:
+        """Every batch of the run gathers at least k products.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        config = self.config
+        for number in range(math.ceil(config.steps / config.inner_steps)):
+            rows = self._query_rows(number)
+            if (held := len(self._gathered([self.queries[i] for i in rows]))) < config.k:
+                raise ConfigError(
+                    explain(
+                        f"{held} judged products in batch {number} of {len(rows)} queries",
+                        f"at least k = {config.k} in every batch",
+                        "lower k, raise batch_queries, or take pool=index",
+                    )
+                )
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -247,7 +269,8 @@ class Run:
         count = len(self.queries)
         first = number * self.config.batch_queries
         places = range(first, first + min(self.config.batch_queries, count))
-        return np.array([self._permutation(i // count)[i % count] for i in places])
+        orders = {epoch: self._permutation(epoch) for epoch in {i // count for i in places}}
+        return np.array([orders[i // count][i % count] for i in places])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.config.seed, epoch)).permutation(len(self.queries))
@@ -256,12 +279,16 @@ class Run:
         k = self.config.k
         if self.config.pool == "index":
             return self.pool.top_k(vectors_QD, k)
-        ids = dict.fromkeys(p for q in queries for p in self.judged[q.query_id])
-        rows = [self.pool.row_of[p] for p in ids]
+        rows = self._gathered(queries)
         with torch.no_grad(), autocast(self.device, self.config.bf16):
             texts = [product_text(self.pool.products[i]) for i in rows]
             vectors_PD = embed(self.encoder, texts, "document").cpu().numpy()
         return batch_pool(rows, vectors_QD @ vectors_PD.T, k)
+
+    def _gathered(self, queries: Sequence[Query]) -> list[int]:
+        """Pool rows of the products judged for the queries, whatever their grade; distinct."""
+        ids = dict.fromkeys(p for q in queries for p in self.judged[q.query_id])
+        return [self.pool.row_of[p] for p in ids]
 
     def _scores(self, batch: Batch) -> torch.Tensor:
         """Live cosines [Q, K], with gradient to the towers the config names."""
