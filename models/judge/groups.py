@@ -2,7 +2,8 @@
 
 Consumes prompts and labelled pairs -> produces judged responses and, from a group of them, members
 to train on. Every response gets a defined reward: an empty one 0, a truncated or malformed one what
-its readable parts earn (rewards/judge_rules.py), and the three kinds are counted apart.
+its readable parts earn, 0 where its verdicts are not among them (rewards/judge_rules.py), and the
+three kinds are counted apart.
 """
 
 from __future__ import annotations
@@ -96,9 +97,10 @@ class GroupDraw:
     def judge(self, index: int, rollout: Rollout, forced: Segment = ()) -> Judged:
         """Read and reward one response to prompt `index`, its forced beginning included."""
         text = self.encoder.decode((*forced, *rollout.ids))
-        response = parse_response(text, self.encoder.config.order, rollout.finished)
+        order = self.encoder.config.order
+        response = parse_response(text, order, rollout.finished)
         grade = self.pairs[index].grade
-        parts = rule_reward(response, grade, self.gold[index], self.config.reward)
+        parts = rule_reward(response, grade, self.gold[index], self.config.reward, order)
         stated = response.grade is not None and response.verdicts is not None
         bad = stated and contradicts(response.grade, response.verdicts)  # type: ignore[arg-type]
         return Judged(rollout, response.outcome, parts, response.grade == grade, bool(bad))

@@ -17,4 +17,5 @@ class RuleRewardConfig(BaseModel):
     attributes: float = Field(0.2, ge=0)
     format: float = Field(0.1, ge=0)
     gate: bool = True
-    """Zero the reward of a response whose grade contradicts its own verdicts."""
+    """Zero the reward of a response whose grade contradicts its own verdicts, or whose verdicts
+    cannot be read where steps are due."""

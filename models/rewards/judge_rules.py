@@ -5,8 +5,10 @@ Consumes a parsed response and the gold grade and verdicts -> produces the rewar
     reward = gate * (w_grade [grade == gold] + w_category [category == gold]
                      + w_attributes * share of attribute verdicts right + w_format [well formed])
 
-gate = 0 when the stated grade contradicts the stated verdicts under the rule table. With
-`shaped=False` the reward is the outcome alone: 1 for the gold grade, else 0 [TaoSR1 s3.3].
+gate = 0 when the stated grade contradicts the stated verdicts under the rule table, or when steps
+are due and no verdicts can be read: breaking the form must not pay more than an honest step that is
+wrong. With `shaped=False` the reward is the outcome alone: 1 for the gold grade, else 0
+[TaoSR1 s3.3].
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 
 from models.rewards.config import RuleRewardConfig
 from models.rules.table import contradicts
-from models.teacher.response import ParseOutcome, Response
+from models.teacher.response import Order, ParseOutcome, Response
 from models.types import Verdicts
 
 
@@ -32,12 +34,13 @@ class RewardParts:
 
 
 def rule_reward(
-    response: Response, gold_grade: int, gold: Verdicts, config: RuleRewardConfig
+    response: Response, gold_grade: int, gold: Verdicts, config: RuleRewardConfig, order: Order
 ) -> RewardParts:
-    """The reward of one response; empty and unreadable ones get every part 0 but what they state.
+    """The reward of one response in `order`; parts that it does not state are 0.
 
-    A truncated or malformed response keeps credit for a stated grade, none for its form. Without
-    gold attributes the attribute part is 1 when none is stated.
+    A truncated or malformed response whose verdicts can be read keeps credit for what it states,
+    none for its form; one whose verdicts cannot be read gets 0 in total, but for label_only, which
+    has none. Without gold attributes the attribute part is 1 when none is stated.
     """
     grade = float(response.grade == gold_grade)
     verdicts = response.verdicts
@@ -46,13 +49,11 @@ def rule_reward(
         return RewardParts(grade, 0.0, 0.0, form, 1.0, grade)
     category = float(verdicts is not None and verdicts.category == gold.category)
     attributes = 0.0 if verdicts is None else share_right(verdicts, gold)
-    broken = (
-        config.gate
-        and verdicts is not None
-        and response.grade is not None
-        and contradicts(response.grade, verdicts)
-    )
-    gate = 0.0 if broken else 1.0
+    if verdicts is None:
+        broken = order != "label_only"
+    else:
+        broken = response.grade is not None and contradicts(response.grade, verdicts)
+    gate = 0.0 if config.gate and broken else 1.0
     total = gate * (
         config.grade * grade
         + config.category * category

@@ -444,7 +444,7 @@ def test_groups_are_kept_by_the_spread_of_shaped_rewards(
     well = write(pool[0], "respond_then_think")
     texts = {
         0: ["3" + well[1:], "1", "1", "1", "1", "1"],
-        1: ["4", "1", "1", "1", "1", "1"],
+        1: [well, "1", "1", "1", "1", "1"],
         2: [well, "4", "4", "4", "4", "4"],
         3: ["1"] * 6,
     }
@@ -474,8 +474,9 @@ def test_broken_responses_are_counted_by_kind_and_rewarded_as_defined(
     shares = {k: metrics[f"completions/{k}"] for k in ("empty", "truncated", "malformed")}
     assert shares == pytest.approx({"empty": 1 / 6, "truncated": 1 / 6, "malformed": 2 / 6})
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 6)
-    # 0; the grade alone; the grade alone; 0; twice grade, category, attributes, form
-    assert metrics["reward"] == pytest.approx((0 + 1 + 1 + 0 + 2 * (1 + 0.2 + 0.2 + 0.1)) / 6)
+    # no verdicts, no reward; twice grade, category, attributes, form
+    assert metrics["reward"] == pytest.approx(2 * (1 + 0.2 + 0.2 + 0.1) / 6)
+    assert metrics["rewards/gate/mean"] == pytest.approx(2 / 6)
     assert metrics["rewards/format/mean"] == pytest.approx(2 / 6)
     lengths = [metrics[f"completions/{k}_length"] for k in ("min", "mean", "max")]
     assert lengths[0] == 1 and lengths == sorted(lengths)  # an empty one is its end token

@@ -71,6 +71,7 @@ SFT = SftConfig(optimiser=STEP, max_pairs=24, micro_batch=4, accumulate=1, cot_s
 WILD = STEP.model_copy(update={"lr": 1e30, "warmup_share": 0.0})
 GRPO = GrpoConfig(
     optimiser=STEP.model_copy(update={"lr": 1e-4}),
+    reward=RuleRewardConfig(gate=False),  # four tokens hold no steps
     steps=5,
     prompts_per_step=3,
     group_size=6,
