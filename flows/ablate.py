@@ -52,6 +52,7 @@ class JudgeRow:
 
 
 _NO_PROBE = "judge.probe=null"
+_EVERY_STEP = "judge.sft.cot_share=1"  # think-first knows no response without steps
 _RESPOND = "judge.prompt.order=respond_then_think"
 _NO_REPLAY = "judge.grpo.replay=null"
 _OUTCOME = "judge.grpo.reward.shaped=false"
@@ -99,7 +100,7 @@ def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
             "think-then-respond SFT",
             "sft",
             "reasoning, before the grade",
-            ("judge.prompt.order=think_then_respond", _NO_PROBE),
+            ("judge.prompt.order=think_then_respond", _EVERY_STEP, _NO_PROBE),
         ),
         JudgeRow(
             "respond-first",
@@ -147,7 +148,7 @@ def chosen_rows(config: PipelineConfig, keys: Sequence[str] | None) -> tuple[Jud
     """The rows named by `keys`, in the table's order; all for None.
 
     Raises:
-        ConfigError: an unknown key, or no judge but the majority.
+        ConfigError: an unknown key, no judge but the majority, or a row that cannot be.
     """
     rows = judge_rows(config)
     known = [row.key for row in rows]
@@ -156,6 +157,8 @@ def chosen_rows(config: PipelineConfig, keys: Sequence[str] | None) -> tuple[Jud
     if unknown or not any(row.made != "majority" for row in chosen):
         got = f"rows {', '.join(unknown or keys or ['none'])}"
         raise ConfigError(explain(got, f"some of {', '.join(known)}", "fix --rows"))
+    for row in chosen:
+        row.config(config)
     return chosen
 
 

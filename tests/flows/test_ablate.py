@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows import ablate
 from flows.ablate import JudgeRow, ablate_judge, chosen_rows, judge_rows, seeded
 from flows.recipes import PipelineConfig, recipe
 from models.errors import ConfigError
@@ -144,6 +145,22 @@ def test_the_table_shares_its_stages_with_the_run(chain: Chain) -> None:
     assert "| cross-encoder |" in (folder / "ablation.md").read_text(encoding="utf-8")
     kept = {f.path for f in chain.artifacts.client.list_artifacts(result.table.run_id, "figures")}
     assert kept == {"figures/judge-ablation.png"}
+
+
+def test_think_first_has_steps_everywhere_whatever_the_run_has() -> None:
+    config = recipe("smoke", "synthetic", ["judge.sft.cot_share=0.5"])
+    rows = {row.key: row.config(config) for row in chosen_rows(config, None)}
+    assert rows["think-first"].judge.sft.cot_share == 1
+    assert {c.judge.sft.cot_share for key, c in rows.items() if key != "think-first"} == {0.5}
+
+
+def test_a_row_that_cannot_be_is_refused_before_any_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = JudgeRow("b", "b", "sft", "nothing", ("judge.sft.cot_share=2",))
+    monkeypatch.setattr(ablate, "judge_rows", lambda _: (JudgeRow("a", "a", "sft", "a"), broken))
+    with pytest.raises(ConfigError, match="cot_share"):
+        chosen_rows(recipe("smoke", "synthetic"), None)
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
