@@ -232,8 +232,9 @@ class PoolConfig(BaseModel):
     size: int = Field(200, ge=1)
     """Pairs kept; the paper's best recipe uses the least data."""
     max_confidence: float | None = Field(0.7, gt=0, le=1)
-    """Pairs the input judge is surer of than this are left out [TaoSR1 s3.3, sister paper]. None:
-    the pool is drawn at random and the input judge scores nothing."""
+    """Pairs the input judge is at least this sure of are left out, unless those below are too few;
+    then the least sure come first [TaoSR1 s3.3, sister paper]. None: the pool is drawn at random
+    and the input judge scores nothing."""
     balanced: bool = True
     """Equal counts a grade (CV of the label counts = 0) [TaoSR1 s3.3]."""
 

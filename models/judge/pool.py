@@ -4,9 +4,9 @@ Consumes labelled pairs and the judge's confidence in them -> produces a class-b
 from it the next prompts, in an order that survives a restart. Per-prompt pass rates are kept.
 
 Departures: confidence is the largest of the four grade probabilities from one prefill, which for
-the post-CoT format is exact and needs no rollout; a pool that the bound would leave too small is
-filled with the least confident pairs, and the share is reported. Confidence can be left out: the
-pool is then drawn at random.
+the post-CoT format is exact and needs no rollout; pairs under the bound are drawn at random, a pool
+that they leave too small is filled with the least confident of the others, and the share is
+reported. Confidence can be left out: the pool is then drawn at random.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def choose_pool(
 
     Args:
         confidence: [N] largest grade probability of each pair; None where
-            `config.max_confidence` is None, and then `seed` orders the pairs.
+            `config.max_confidence` is None.
+        seed: orders the pairs under the bound; all of them without one.
 
     Raises:
         DataContractError: no pairs.
@@ -38,10 +39,11 @@ def choose_pool(
     if not pairs:
         raise DataContractError(explain("no pairs for the RL pool", "labelled pairs", "add labels"))
     bound = config.max_confidence
-    if confidence is None or bound is None:
-        order = np.random.default_rng(seed).permutation(len(pairs))
-    else:
-        order = np.argsort(confidence, kind="stable")
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    if confidence is not None and bound is not None:
+        unsure = confidence[order] < bound
+        sure = order[~unsure]
+        order = np.append(order[unsure], sure[np.argsort(confidence[sure], kind="stable")])
     by_grade: dict[int, list[int]] = {g: [] for g in GRADES}
     for i in order:
         by_grade[pairs[i].grade].append(int(i))

@@ -559,21 +559,37 @@ def test_groups_that_teach_nothing_make_no_pair() -> None:
 # GRPO: the pool
 
 
-def test_the_pool_is_class_balanced_and_takes_the_least_sure() -> None:
+def test_the_pool_draws_from_all_pairs_under_the_bound() -> None:
+    pairs = make_pairs(80)
+    sure = np.linspace(0.3, 0.99, 80)
+    config = PoolConfig(candidates=80, size=16)
+    place = {id(p): i for i, p in enumerate(pairs)}
+    drawn = []
+    for seed in range(20):
+        pool, facts = choose_pool(pairs, sure, config, seed)
+        assert Counter(p.grade for p in pool) == {1: 4, 2: 4, 3: 4, 4: 4}
+        assert facts == {"pool/size": 16, "pool/label_cv": 0, "pool/unsure_share": 1}
+        drawn.append({place[id(p)] for p in pool})
+    assert choose_pool(pairs, sure, config, 3)[0] == choose_pool(pairs, sure, config, 3)[0]
+    assert set().union(*drawn) == set(np.flatnonzero(sure < 0.7))  # none is always passed over
+
+
+def test_a_pool_short_of_unsure_pairs_takes_the_least_sure_of_the_others() -> None:
     pairs = make_pairs(40) + [make_pair(title=f"more {i}", grade=4) for i in range(40)]
-    confidence = np.linspace(0.99, 0.3, 80)
-    pool, facts = choose_pool(pairs, confidence, PoolConfig(candidates=80, size=16))
+    confidence = np.concatenate([np.linspace(0.99, 0.75, 40), np.linspace(0.69, 0.3, 40)])
+    config = PoolConfig(candidates=80, size=16)
+    pool, facts = choose_pool(pairs, confidence, config)
     assert Counter(p.grade for p in pool) == {1: 4, 2: 4, 3: 4, 4: 4}
-    assert facts["pool/label_cv"] == 0 and facts["pool/size"] == 16
+    assert facts["pool/unsure_share"] == 1 / 4  # grades 1 to 3 have none under the bound
     sure = dict(zip((p.product.product_id for p in pairs), confidence, strict=True))
-    for grade in (1, 2, 3, 4):
+    for grade in (1, 2, 3):
         all_of_it = sorted(sure[p.product.product_id] for p in pairs if p.grade == grade)
         kept = sorted(sure[p.product.product_id] for p in pool if p.grade == grade)
         assert kept == all_of_it[:4]
-    natural = PoolConfig(candidates=80, size=40, balanced=False)
+    natural = config.model_copy(update={"size": 60, "balanced": False})
     pool, facts = choose_pool(pairs, confidence, natural)
-    assert Counter(p.grade for p in pool) == {4: 40}  # the least sure 40 are the added ones
-    assert facts["pool/unsure_share"] == np.mean(np.sort(confidence)[:40] < 0.7)
+    assert sorted(sure[p.product.product_id] for p in pool) == sorted(confidence)[:60]
+    assert facts["pool/unsure_share"] == 40 / 60
 
 
 def test_a_rare_grade_bounds_the_others() -> None:
