@@ -17,12 +17,12 @@ from models.types import GRADES, Verdicts
 def grade_metrics(gold_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
     """macro-F1 = mean of the four class F1s, each F1, accuracy, quadratic kappa [TaoSR1 s4].
 
-    A grade absent from gold and prediction has no F1 and is left out of the mean. Kappa of a
-    constant prediction is 0.
+    A grade absent from gold has no F1 and is left out of the mean, whether it is predicted or not:
+    judges of the same pairs are averaged over the same grades. Kappa of a constant prediction is 0.
     """
     from sklearn.metrics import cohen_kappa_score, f1_score
 
-    present = [g for g in GRADES if g in set(gold_N.tolist()) | set(predicted_N.tolist())]
+    present = [g for g in GRADES if (gold_N == g).any()]
     f1 = f1_score(gold_N, predicted_N, labels=present, average=None, zero_division=0)
     out = {"macro_f1": float(np.mean(f1)), "accuracy": float(np.mean(gold_N == predicted_N))}
     out |= {f"f1_{g}": float(v) for g, v in zip(present, f1, strict=True)}

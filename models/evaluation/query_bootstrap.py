@@ -26,8 +26,9 @@ def grade_metrics_under(
 ) -> dict[str, np.ndarray]:
     """`grade_metrics` for every row of weights, each [B].
 
-    As there: a grade absent from gold and prediction has no F1 (NaN here) and is left out of the
-    mean, and kappa of a constant prediction is 0.
+    As there: a grade absent from gold has no F1 (NaN here) and is left out of the mean, and kappa
+    of a constant prediction is 0. Gold is that of all pairs, so that resamples are averaged over
+    the same grades; one that a resample neither holds nor predicts has no F1 in it.
     """
     count = len(GRADES)
     cells_QLL = np.zeros((weights_BQ.shape[1], count, count))
@@ -40,6 +41,7 @@ def grade_metrics_under(
     cost_LL = (grades[:, None] - grades[None, :]) ** 2.0
     with np.errstate(invalid="ignore", divide="ignore"):
         f1_BL = 2 * hit_BL / (gold_BL + said_BL)
+        f1_BL[:, cells_QLL.sum((0, 2)) == 0] = np.nan
         chance_B = np.einsum("bi,ij,bj->b", gold_BL, cost_LL, said_BL) / total_B
         kappa_B = 1 - (cells_BLL * cost_LL).sum((1, 2)) / chance_B
         accuracy_B = hit_BL.sum(1) / total_B

@@ -98,6 +98,7 @@ def calibrate(probabilities_NL: np.ndarray, grades_N: np.ndarray) -> tuple[CumPT
 
 
 def _macro_f1(gold_N: np.ndarray, predicted_N: np.ndarray) -> float:
+    """That of `grade_metrics`: over the grades in gold."""
     from sklearn.metrics import f1_score
 
     labels = sorted(set(gold_N.tolist()))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from models.errors import DataContractError
+from models.evaluation import tiers
 from models.evaluation.ablation import Answered, Row, ablation_rows, majority_row
 from models.evaluation.ablation_report import figure, markdown, wide
 from models.evaluation.judge import grade_metrics, probability_metrics
@@ -43,6 +44,33 @@ def test_a_weighted_metric_is_the_plain_one_on_repeated_pairs() -> None:
         assert {k: found[k][b] for k in plain} == pytest.approx(plain)
         plain = probability_metrics(GOLD_N[at], P_NL[at], GOLD_N[at])
         assert rho_B[b] == pytest.approx(plain["spearman"])
+
+
+def test_a_grade_that_gold_lacks_is_in_no_mean() -> None:
+    """One prediction of it in 160 does not add a fourth class of F1 0; all three places agree."""
+    gold_N = np.tile([1, 2, 3], 54)[:160]
+    said_N = gold_N.copy()
+    said_N[0] = 4
+    query_N, weights_BQ = np.arange(160) // 8, query_weights(20, 30, seed=2)
+    plain = grade_metrics(gold_N, said_N)
+    assert "f1_4" not in plain and plain["macro_f1"] == pytest.approx((2 + 2 * 53 / 107) / 3)
+    found = grade_metrics_under(gold_N, said_N, query_N, weights_BQ)
+    assert found["macro_f1"][0] == pytest.approx(plain["macro_f1"])
+    assert tiers._macro_f1(gold_N, said_N) == pytest.approx(plain["macro_f1"])
+    assert np.isnan(found["f1_4"]).all()
+    for b, weights_Q in enumerate(weights_BQ):
+        at = np.repeat(np.arange(160), weights_Q[query_N].astype(int))
+        assert found["macro_f1"][b] == pytest.approx(
+            grade_metrics(gold_N[at], said_N[at])["macro_f1"]
+        )
+
+
+def test_resamples_are_averaged_over_the_grades_of_the_full_set() -> None:
+    """Query 1 alone holds grade 4. Without it the wrong 4 of query 0 still counts as its F1, 0."""
+    gold_N, said_N, query_N = np.array([1, 1, 2, 4]), np.array([1, 4, 2, 4]), np.array([0, 0, 0, 1])
+    weights_BQ = np.array([[1, 1], [2, 0]])
+    found = grade_metrics_under(gold_N, said_N, query_N, weights_BQ)["macro_f1"]
+    assert found.tolist() == pytest.approx([(2 / 3 + 1 + 2 / 3) / 3, (2 / 3 + 1 + 0) / 3])
 
 
 def test_degenerate_judges_have_kappa_and_rho_zero() -> None:
