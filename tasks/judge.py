@@ -63,7 +63,7 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     spec.write(ctx.out)
 
 
-@stage(name="judge_teacher", kind="data", code_version="2")
+@stage(name="judge_teacher", kind="data", code_version="3")
 def judge_teacher(
     ctx: StageContext,
     config: TeacherConfig,
@@ -146,7 +146,7 @@ def judge_probe(
     )
 
 
-@stage(name="judge_pass_at_n", kind="judge", code_version="3")
+@stage(name="judge_pass_at_n", kind="judge", code_version="4")
 def judge_pass_at_n(
     ctx: StageContext,
     config: PassAtNConfig,
@@ -198,7 +198,7 @@ def judge_dpo(
     )
 
 
-@stage(name="judge_grpo", kind="judge", code_version="4")
+@stage(name="judge_grpo", kind="judge", code_version="5")
 def judge_grpo(
     ctx: StageContext, config: GrpoConfig, judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:

@@ -47,6 +47,8 @@ class Response:
 
 _STATED = re.compile(r"(?m)^(?:category|decision): (\w+)$|^attributes: (.+)$")
 _HOLDS = re.compile(r"\b(?:yes|no)(?=,|$)|^none$")
+_NEXT = re.compile(r"(?<!\d),|,(?!\d)")
+"""Between two attributes; a comma inside a number, as in 10,000, is part of a name."""
 _ATTRIBUTE = re.compile(r"\s*(.+?) (yes|no)\s*")
 
 
@@ -151,7 +153,7 @@ def _parse_verdicts(lines: list[str]) -> Verdicts | None:
         return None
     if attributes.strip() == "none":
         return Verdicts(Category(category))
-    matches = [_ATTRIBUTE.fullmatch(part) for part in attributes.split(",")]
+    matches = [_ATTRIBUTE.fullmatch(part) for part in _NEXT.split(attributes)]
     if any(m is None for m in matches):
         return None
     return Verdicts(Category(category), tuple((m[1], m[2] == "yes") for m in matches if m))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models.rules.table import allowed_grades
 from models.teacher.response import (
+    Order,
     ParseOutcome,
     in_order,
     parse_response,
@@ -35,6 +36,32 @@ def test_parse_inverts_render(
     text = render_response(query, item, given_verdicts, grade, order)  # type: ignore[arg-type]
     read = parse_response(text, order)  # type: ignore[arg-type]
     assert (read.outcome, read.grade, read.verdicts) == (ParseOutcome.OK, grade, given_verdicts)
+
+
+numbers = st.from_regex(r"[0-9]{1,6}([.,][0-9]{1,3}){0,2}", fullmatch=True)
+queries = st.lists(numbers | st.text("abyesno019.,", min_size=1, max_size=8), max_size=6)
+
+
+@pytest.mark.parametrize("order", ["respond_then_think", "think_then_respond"])
+@given(asked=queries.map(" ".join), grade=st.integers(1, 4), found=st.booleans())
+@example(asked="10,000 btu heater", grade=4, found=False)
+@example(asked="no 2.5,1 not yes 7,5", grade=3, found=True)
+def test_the_teachers_words_are_read_back_as_written(
+    order: Order, asked: str, grade: int, found: bool
+) -> None:
+    pair = make_pair(asked, f"sofa {asked if found else ''}", grade)
+    read = parse_response(write(pair, order), order)
+    assert (read.outcome, read.grade) == (ParseOutcome.OK, grade)
+    assert read.verdicts == gold_verdicts(pair)
+
+
+@given(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=4))
+def test_numbers_are_read_back_as_names(stated: list[tuple[str, bool]]) -> None:
+    want = Verdicts(Category.MATCH, tuple(stated))
+    text = render_response("q", "i", want, 4, "respond_then_think")
+    assert parse_response(text, "respond_then_think").verdicts == want
+    holds = [text[a:b] for a, b in verdict_spans(text)[1:-1]]
+    assert holds == ["yes" if held else "no" for _, held in stated]
 
 
 def test_the_grade_comes_first_in_post_cot() -> None:
@@ -95,6 +122,12 @@ def test_a_thought_ends_where_the_grade_is_due() -> None:
         ),
         (
             "4\nquery: a\nitem: b\ncategory: match\nattributes: colour perhaps\ndecision: x",
+            True,
+            ParseOutcome.MALFORMED,
+            4,
+        ),
+        (
+            "4\nquery: a\nitem: b\ncategory: match\nattributes: colour, price yes\ndecision: x",
             True,
             ParseOutcome.MALFORMED,
             4,
