@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,8 @@ class Settings(BaseSettings):
     )
     """Folder that `make setup` fetches the packaged models into."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    """Torch device; "auto" takes CUDA where there is one."""
+    """Torch device; "auto" takes CUDA where there is one. cuda:N is the N-th of the visible ones:
+    the process sees no other (`prepare_environment`)."""
     num_threads: int = Field(default_factory=_available_cores, ge=1)
     """Threads torch computes with."""
     mlflow_uri: str | None = None
@@ -151,17 +153,38 @@ def settings(**overrides: object) -> Settings:
 def prepare_environment(current: Settings) -> None:
     """Set what Prefect, MLflow, tokenizers and libgomp read at import time.
 
-    Call it first. What the user exported wins, except for `home`, which child processes must share.
+    Call it first. What the user exported wins, except for `home`, which child processes must share,
+    and for cuda:N: CUDA_VISIBLE_DEVICES becomes that one GPU, RELEARN_DEVICE cuda.
+
+    Raises:
+        ConfigError: cuda:N where torch is loaded already, or where fewer GPUs are visible.
     """
     current.home.mkdir(parents=True, exist_ok=True)
     os.environ["RELEARN_HOME"] = str(current.home)
     if current.prefect_api_url:
         os.environ.setdefault("PREFECT_API_URL", current.prefect_api_url)
+    if current.device.startswith("cuda:"):
+        _see_one_gpu(int(current.device.removeprefix("cuda:")))
     for name, value in _defaults(current).items():
         os.environ.setdefault(name, value)
     for package in PACKAGES:
         # Prefect forwards these loggers to its own log, but leaves their level alone
         logging.getLogger(package).setLevel(current.log_level)
+
+
+def _see_one_gpu(index: int) -> None:
+    """Hide all GPUs but one, so that no library puts anything on another."""
+    got = f"RELEARN_DEVICE=cuda:{index}"
+    if "torch" in sys.modules:
+        do = f"start anew, or export CUDA_VISIBLE_DEVICES={index} RELEARN_DEVICE=cuda"
+        raise ConfigError(explain(f"{got} after torch was loaded", "it before", do))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else [name for name in visible.split(",") if name.strip()]
+    if names is not None and index >= len(names):
+        expected = f"one of the {len(names)} in CUDA_VISIBLE_DEVICES={visible}"
+        raise ConfigError(explain(got, expected, "change one of them"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index]
+    os.environ["RELEARN_DEVICE"] = "cuda"
 
 
 def _defaults(current: Settings) -> dict[str, str]:

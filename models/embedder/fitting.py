@@ -66,6 +66,8 @@ def fit(
     from transformers import PrinterCallback
     from transformers.trainer_utils import set_seed
 
+    from models.lm.devices import one_device
+
     limit = encoder.max_seq_length
     if config.max_tokens is not None:
         encoder.max_seq_length = min(config.max_tokens, limit or config.max_tokens)
@@ -74,7 +76,7 @@ def fit(
     _log_first_batch(encoder, collator, num_rows)
     trainer = SentenceTransformerTrainer(
         model=encoder,
-        args=_arguments(config, num_rows, scratch, device),
+        args=one_device(_arguments(config, num_rows, scratch, device)),
         train_dataset=Dataset.from_dict({"row": list(range(num_rows))}),
         loss=loss,
         data_collator=collator,

@@ -40,6 +40,7 @@ from models.judge.cot_sft import draw_pairs
 from models.judge.prompt import PairText
 from models.judge.spec import JudgeSpec
 from models.lm.checkpoints import last_whole_checkpoint
+from models.lm.devices import one_device
 from models.types import GRADES, MetricSink, Pair, Product, Query
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def train_cross_encoder(
     )
     trainer = Trainer(
         model=model,
-        args=arguments,
+        args=one_device(arguments),
         train_dataset=_Rows(rows),
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[_ToSink(sink, steps)],

@@ -24,6 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from models.errors import ConfigError, DivergenceError, explain
 from models.judge.config import LoraSettings, OptimiserConfig
 from models.lm.checkpoints import last_whole_checkpoint
+from models.lm.devices import one_device
 from models.lm.shared_prefix import SharedPrefixLM
 from models.metrics import Mean
 from models.types import MetricSink
@@ -110,7 +111,7 @@ class JudgeTrainer(Trainer):
         )
         super().__init__(
             model=model,
-            args=arguments,
+            args=one_device(arguments),
             train_dataset=Batches(batches),
             data_collator=lambda rows: {"batch": rows[0]},
             callbacks=[_ToSink(self, steps)],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -68,6 +70,54 @@ def test_prepare_keeps_what_the_user_exported(
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As before torch is loaded; every variable is put back."""
+    before = dict(os.environ)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    yield monkeypatch
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "seen"),
+    [("cuda:1", None, "1"), ("cuda:1", "2,3", "3"), ("cuda:0", "GPU-a,GPU-b", "GPU-a")],
+)
+def test_a_numbered_gpu_is_the_only_one_seen(
+    environment: pytest.MonkeyPatch, tmp_path: Path, device: str, visible: str | None, seen: str
+) -> None:
+    environment.setenv("RELEARN_DEVICE", device)
+    if visible is not None:
+        environment.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for _ in range(2):  # a child process inherits both and changes nothing
+        prepare_environment(settings(home=tmp_path))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+        assert settings().torch_device == "cuda"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_other_devices_leave_the_gpus_as_they_are(
+    environment: pytest.MonkeyPatch, tmp_path: Path, device: str
+) -> None:
+    environment.setitem(sys.modules, "torch", ModuleType("torch"))
+    prepare_environment(settings(home=tmp_path, device=device))
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_numbered_gpu_that_cannot_be_chosen_is_refused(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    current = settings(home=tmp_path, device="cuda:2")
+    environment.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ConfigError, match=r"cuda:2.*one of the 2 in CUDA_VISIBLE_DEVICES=0,1"):
+        prepare_environment(current)
+    environment.setitem(sys.modules, "torch", ModuleType("torch"))
+    with pytest.raises(ConfigError, match="after torch was loaded"):
+        prepare_environment(current)
 
 
 def test_settings_and_stage_load_no_heavy_library() -> None:
