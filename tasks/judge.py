@@ -198,7 +198,7 @@ def judge_dpo(
     )
 
 
-@stage(name="judge_grpo", kind="judge", code_version="5")
+@stage(name="judge_grpo", kind="judge", code_version="6")
 def judge_grpo(
     ctx: StageContext, config: GrpoConfig, judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:

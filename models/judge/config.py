@@ -262,7 +262,8 @@ class ReplayConfig(BaseModel):
     capacity: int = Field(64, ge=1)
     """Prompts the buffer holds; the least needy, then the latest, go first."""
     max_tries: int = Field(4, ge=1)
-    """Replays before a prompt is given up: a label that guidance cannot reach may be wrong."""
+    """Replays before a prompt is given up for good: a label that guidance cannot reach may be
+    wrong."""
     weight: float = Field(1.0, ge=0)
     """Weight of the replay loss; its ratios are mostly far below one, so it is the smaller stream
     at 1. 0 measures guidance and trains as if there were none."""

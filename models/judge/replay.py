@@ -119,7 +119,10 @@ def _need(stuck: Stuck) -> tuple[float, int]:
 
 
 class GuidedReplay:
-    """The buffer, the guided rollouts of the current step, and their random numbers."""
+    """The buffer, the guided rollouts of the current step, and their random numbers.
+
+    given_up: prompts that guidance did not reach in `max_tries`; they never enter again.
+    """
 
     def __init__(self, draw: GroupDraw, config: ReplayConfig) -> None:
         self.draw = draw
@@ -128,6 +131,7 @@ class GuidedReplay:
         seed = draw.config.optimiser.seed + 1
         self.generator = torch.Generator(device=draw.model.device).manual_seed(seed)
         self.members: list[Member] = []
+        self.given_up: set[int] = set()
         self.totals = dict.fromkeys(("entered", "solved", "weaned", "given_up"), 0)
 
     @property
@@ -166,7 +170,7 @@ class GuidedReplay:
             if accuracy >= self.config.fade_accuracy:
                 self.buffer.drop(index)
                 self.totals["solved"] += 1
-        elif accuracy <= self.config.max_accuracy:
+        elif accuracy <= self.config.max_accuracy and index not in self.given_up:
             self.buffer.put(Stuck(index, accuracy, 0, prefix_share=self.config.prefix_share))
             self.totals["entered"] += 1
 
@@ -226,6 +230,7 @@ class GuidedReplay:
             self.totals["weaned"] += 1
         elif stuck.tries + 1 >= self.config.max_tries:
             self.buffer.drop(stuck.index)
+            self.given_up.add(stuck.index)
             self.totals["given_up"] += 1
         else:
             self.buffer.put(replace(stuck, tries=stuck.tries + 1, prefix_share=share))
@@ -262,11 +267,12 @@ class GuidedReplay:
         return out
 
     def state(self) -> dict[str, Any]:
-        """Buffer, generator, totals and the current guided responses."""
+        """Buffer, prompts given up, generator, totals and the current guided responses."""
         return {
             "buffer": self.buffer.state(),
             "generator": self.generator.get_state().tolist(),
             "members": [asdict(m) for m in self.members],
+            "given_up": sorted(self.given_up),
             "totals": self.totals,
         }
 
@@ -275,6 +281,7 @@ class GuidedReplay:
         self.buffer.restore(state["buffer"])
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
         self.members = [Member.from_state(m) for m in state["members"]]
+        self.given_up = set(state["given_up"])
         self.totals = dict(state["totals"])
 
 

@@ -352,6 +352,23 @@ def test_a_solved_prompt_leaves_and_a_hopeless_one_is_given_up(
     assert second["replay/buffer_size"] == 0
 
 
+def test_a_prompt_given_up_is_never_replayed_again(
+    judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts no hint helps, drawn every step; one sampler goes on from a saved state."""
+    config = with_replay(GRPO.model_copy(update={"prompts_per_step": 2}), max_tries=2)
+    sampler = scripted(judge, make_pool([4] * 2), config, lambda *_: ["1"], monkeypatch)
+    metrics = [sampler.refresh() for _ in range(3)]
+    assert [m["replay/given_up"] for m in metrics] == [0, 2, 0]
+    assert [m["replay/entered"] for m in metrics] == [2, 0, 0]
+    state = json.loads(json.dumps(sampler.state()))
+    resumed = scripted(judge, make_pool([4] * 2), config, lambda *_: ["1"], monkeypatch)
+    resumed.restore(state)
+    for one in (sampler, resumed):
+        later = one.refresh()
+        assert later["replay/entered"] == later["replay/groups"] == 0
+
+
 def test_a_prompt_of_an_earlier_step_is_measured_again_without_a_hint(
     judge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
