@@ -103,7 +103,7 @@ class OptimiserConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     lora: LoraSettings | None = None
-    """None trains the weights themselves, not adapters."""
+    """None trains the weights themselves, not adapters. Not together with `train_layers`."""
     train_layers: int | None = Field(None, ge=1)
     """Train only the last n transformer layers and the final norm; None trains all of them and the
     embeddings. The layers below need no backward pass: 12 of 30 is 1.7 times faster on a CPU."""
@@ -112,6 +112,12 @@ class OptimiserConfig(BaseModel):
     checkpoint_every: int = Field(20, ge=1)
     """Optimiser steps between checkpoints."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_way_to_train_a_part(self) -> OptimiserConfig:
+        if self.lora is not None and self.train_layers is not None:
+            raise ValueError("lora adapts every layer: set train_layers=null, or lora=null")
+        return self
 
 
 class ProbeConfig(BaseModel):

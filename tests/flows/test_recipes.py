@@ -62,7 +62,6 @@ def test_the_form_explains_its_fields() -> None:
         ("judge.grpo.gamma=null", "judge.grpo.gamma", None),
         (" judge.base =tiny", "judge.base", "tiny"),
         ("judge.base=a=b", "judge.base", "a=b"),
-        ("judge.sft.optimiser.lora={}", "judge.sft.optimiser.lora.r", 16),
         ('judge.teacher={"kind": "chat", "model": "r1"}', "judge.teacher.model", "r1"),
         ("judge.grpo.replay={}", "judge.grpo.replay.max_ratio", 1.0),
         ("embedder.evaluation.ks=[5, 20]", "embedder.evaluation.ks", (5, 20)),
@@ -79,6 +78,18 @@ def test_one_setting_changes_and_no_other(change: str, path: str, value: object)
     for part in path.split("."):
         after = getattr(after, part)
     assert after == value
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_adapters_beside_top_layers_are_refused(stage: str) -> None:
+    """`small` trains its top layers, and adapters would be on all of them."""
+    adapters = f"judge.{stage}.optimiser.lora={{}}"
+    with pytest.raises(ConfigError, match=r"lora adapts every layer.*train_layers=null"):
+        recipe("small", "synthetic", [adapters])
+    whole = f"judge.{stage}.optimiser.train_layers=null"
+    config = recipe("small", "synthetic", [whole, adapters])
+    optimiser = getattr(config.judge, stage).optimiser
+    assert optimiser.lora.r == 16 and optimiser.train_layers is None
 
 
 def flat(body: object, prefix: str = "") -> dict[str, object]:
