@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from models.index.difference import Difference
     from models.index.lance import LanceIndex
     from models.index.published import Publication, PublishedIndex
-    from models.index.refresh import RefreshCounts
+    from models.index.refresh import Changes, RefreshCounts
     from models.sources.delta import Delta
 
 log = logging.getLogger(__name__)
@@ -135,8 +136,11 @@ def refresh_to(
         As `refresh`.
     """
     artifacts = artifacts or ArtifactStore(settings())
-    delta = staleness(store_name, catalogue, artifacts=artifacts)[1].delta()
-    return _apply(store_name, delta, config, artifacts, sink)
+    folder = artifacts.path(catalogue)
+    table = _table(store_name, artifacts)
+    return _apply(
+        store_name, lambda base: _difference(table, base, folder).delta(), config, artifacts, sink
+    )
 
 
 def staleness(
@@ -147,22 +151,26 @@ def staleness(
     Raises:
         ArtifactError: nothing is published.
     """
-    from models.index.difference import difference
-    from models.store import stream_products
-
     artifacts = artifacts or ArtifactStore(settings())
     table = _table(store_name, artifacts)
     current = table.current()
     if current is None:
         raise _nothing(store_name, artifacts)
-    products, _ = stream_products(artifacts.path(catalogue) / "store")
-    chars = current.facts.config.max_text_chars
-    return current, difference(table.open(current.version), products, chars)
+    return current, _difference(table, current, artifacts.path(catalogue))
+
+
+def _difference(table: PublishedIndex, served: Publication, catalogue: Path) -> Difference:
+    """How the version `served` differs from the products in the folder of a store artifact."""
+    from models.index.difference import difference
+    from models.store import stream_products
+
+    products, _ = stream_products(catalogue / "store")
+    return difference(table.open(served.version), products, served.facts.config.max_text_chars)
 
 
 def _apply(
     store_name: str,
-    delta: Delta,
+    delta: Delta | Changes,
     config: RefreshConfig,
     artifacts: ArtifactStore,
     sink: MetricSink | None,
@@ -170,11 +178,8 @@ def _apply(
     from models.index.refresh import refresh as apply
 
     table = _table(store_name, artifacts, config.keep)
-    current = table.current()
-    if current is None:
-        raise _nothing(store_name, artifacts)
-    encode = _lazy_encoder(artifacts, current.origin.encoder)
-    return apply(table, delta, encode, config, sink or NullSink())
+    encoder_of = partial(_lazy_encoder, artifacts)
+    return apply(table, delta, encoder_of, config, sink or NullSink())
 
 
 def open_published(

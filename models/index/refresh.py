@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 NEVER = timedelta(days=36_500)
 """`optimize` removes old versions as well, after seven days by itself; `published.py` does that."""
+Changes = Callable[[Publication], Delta]
+"""The delta that a served version needs."""
 
 
 @dataclass
@@ -69,31 +71,37 @@ class RefreshCounts:
 
 def refresh(
     published: PublishedIndex,
-    delta: Delta,
-    encode: Encode,
+    delta: Delta | Changes,
+    encoder_of: Callable[[str], Encode],
     config: RefreshConfig,
     sink: MetricSink,
 ) -> tuple[Publication, RefreshCounts]:
     """Apply `delta` to the published index and serve the result, once it passes the gate.
 
-    encode: the encoder the index was built with; another one would mix two vector spaces.
+    Functions given are called under the lock, for the version that the result is built on: a move
+    of what is served comes before or after, never between. They must not write to `published`.
+
+    encoder_of: `Origin.encoder` -> the encoder the index was built with; another one would mix two
+    vector spaces.
 
     Raises:
         ArtifactError: nothing is published. ConfigError: nothing would be left, or the gate.
     """
-    counts = RefreshCounts(refused=delta.quarantine.num_rows)
     with published.writing():
         base = published.current()
         if base is None:
             got = f"nothing published in {published.folder}"
             raise ArtifactError(explain(got, "an index to refresh", "run `relearn run` first"))
+        if not isinstance(delta, Delta):
+            delta = delta(base)
+        counts = RefreshCounts(refused=delta.quarantine.num_rows)
         work = f"refresh {delta.digest} over {base.version}"
         made = published.finished(work)
         if made is None:
             started = time.perf_counter()
             table, resumed = _writable(published, base, work)
             rows_before = int(table.count_rows())
-            encode = shortened(encode, base.facts.config.dim)
+            encode = shortened(encoder_of(base.origin.encoder), base.facts.config.dim)
             _merge(table, delta.products, base.facts, encode, config.batch_size, counts)
             _delete(table, delta.deleted, counts)
             if not (resumed or counts.written or counts.deleted):

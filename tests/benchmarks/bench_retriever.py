@@ -152,7 +152,7 @@ def refreshed(rows: int, dim: int) -> None:
         show(f"{name}/publish", time.perf_counter() - started, "s")
         delta = Delta(one_percent(rows), (), "one", QUARANTINE.empty_table())
         started, cpu = time.perf_counter(), time.process_time()
-        made, _ = refresh(table, delta, vectors, RefreshConfig(), sink)
+        made, _ = refresh(table, delta, lambda _: vectors, RefreshConfig(), sink)
         refresh_s, refresh_cpu_s = time.perf_counter() - started, time.process_time() - cpu
     encode_s = rows / ENCODE_RATE
     with_encoder = (refresh_s + DELTA_SHARE * encode_s) / (rebuild_s + encode_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,22 @@ import pytest
 from models.errors import ArtifactError, ConfigError
 from models.index.build import build_index
 from models.index.config import IndexConfig, RefreshConfig
+from models.index.published import PublishedIndex
 from models.metrics import ListSink
+from models.schemas import PRODUCTS
 from models.types import Product
 from tasks import publish as module
 from tasks.artifacts import ArtifactRef, ArtifactStore
-from tasks.publish import history, open_published, publish, published, refresh, serve
+from tasks.publish import (
+    history,
+    open_published,
+    publish,
+    published,
+    refresh,
+    refresh_to,
+    serve,
+    staleness,
+)
 from tasks.settings import Settings
 from tasks.stage import StageContext, stage
 
@@ -37,6 +48,16 @@ def fake_encoder(ctx: StageContext, mark: str) -> None:
 def fake_index(ctx: StageContext, mark: str, encoder: ArtifactRef) -> None:
     rows = [Product(f"p{i}", f"{mark} thing{i}") for i in range(12)]
     build_index(encode, rows, IndexConfig(sample=2), ctx.out, ctx.sink)
+
+
+@stage(name="fake_catalogue", kind="data")
+def fake_catalogue(ctx: StageContext, mark: str, count: int) -> None:
+    """The products of a store, titled as `fake_index` titles them."""
+    rows = [{"product_id": f"p{i}", "title": f"{mark} thing{i}"} for i in range(count)]
+    (ctx.out / "store").mkdir()
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=PRODUCTS), ctx.out / "store" / "products.parquet"
+    )
 
 
 def made(mark: str) -> ArtifactRef:
@@ -80,6 +101,55 @@ def test_a_delta_folder_refreshes_what_is_served(
     assert published("shop") == now and now.facts.rows == 11 and len(now.deltas) == 1
     assert now.origin == history("shop")[-1].origin
     assert sink.series("refresh/updated") == [1.0]
+
+
+def encoder_named(label: str) -> Callable[[Sequence[str]], np.ndarray]:
+    """Vectors that tell which encoder wrote them."""
+    return lambda texts: encode([f"{label} {text}" for text in texts])
+
+
+def overtaken(monkeypatch: pytest.MonkeyPatch, move: Callable[[], object]) -> None:
+    """The next writer gets its lock only after another one, which carries out `move`."""
+    real = PublishedIndex.writing
+
+    def writing(table: PublishedIndex) -> object:
+        monkeypatch.setattr(PublishedIndex, "writing", real)
+        move()
+        return real(table)
+
+    monkeypatch.setattr(PublishedIndex, "writing", writing)
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["promotion", "rollback"])
+def test_a_refresh_that_waited_behind_a_move_embeds_with_what_is_served_then(
+    current: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    first, second = made("a"), made("b")
+    publish("shop", first)
+    if back:
+        publish("shop", second)
+    (tmp_path / "products.csv").write_text("product_id,title\np1,new\n")
+    monkeypatch.setattr(module, "_lazy_encoder", lambda artifacts, label: encoder_named(label))
+    served = first if back else second
+    overtaken(monkeypatch, lambda: serve("shop", served, artifacts=ArtifactStore(current)))
+    now, _ = refresh("shop", tmp_path, RefreshConfig())
+    assert now.origin.fingerprint == served.fingerprint
+    ids, vectors_ND = open_published("shop")[0].vectors()
+    wanted_ND = encoder_named(now.origin.encoder)(["new"])
+    assert np.array_equal(vectors_ND[[ids.index("p1")]], wanted_ND)
+
+
+def test_a_whole_catalogue_mends_what_is_served_when_it_gets_its_turn(
+    current: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    today, second = fake_catalogue.make(mark="a", count=11), made("b")
+    publish("shop", made("a"))
+    monkeypatch.setattr(module, "_lazy_encoder", lambda artifacts, label: encode)
+    overtaken(monkeypatch, lambda: publish("shop", second))
+    now, counts = refresh_to("shop", today, RefreshConfig())
+    assert now.origin.fingerprint == second.fingerprint
+    assert (counts.updated, counts.deleted) == (11, 1)
+    assert staleness("shop", today)[1].stale == 0
 
 
 def test_what_cannot_be_served_is_refused(current: Settings, tmp_path: Path) -> None:

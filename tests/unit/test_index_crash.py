@@ -63,7 +63,7 @@ def delta(mark: str, count: int) -> Delta:
 
 
 def apply(table: PublishedIndex, change: Delta) -> None:
-    refresh.refresh(table, change, encode, RefreshConfig(batch_size=8), ListSink())
+    refresh.refresh(table, change, lambda _: encode, RefreshConfig(batch_size=8), ListSink())
 
 
 def brands(index: LanceIndex) -> str:

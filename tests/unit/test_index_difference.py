@@ -44,7 +44,7 @@ def test_a_difference_names_each_product_and_its_delta_leaves_none(tmp_path: Pat
     assert found.gone == ("p10", "p11", "p9")
     assert (found.stale, found.share) == (6, 6 / 10)
 
-    made, counts = refresh(published, found.delta(), encode, RefreshConfig(), ListSink())
+    made, counts = refresh(published, found.delta(), lambda _: encode, RefreshConfig(), ListSink())
     assert (counts.inserted, counts.updated, counts.deleted, counts.encoded) == (1, 2, 3, 2 + 1)
     assert difference(published.open(), today, CHARS).stale == 0
     assert made.deltas == (found.delta().digest,) and made.facts.rows == 10

@@ -96,7 +96,11 @@ def test_a_refreshed_index_equals_a_rebuilt_one(tmp_path: Path, kind: str) -> No
     changed = [*renamed, *described, *dearer, *same, *added]
     encoder, sink = Encoder(), ListSink()
     made, counts = refresh(
-        table, delta_of(changed, [*gone, "nobody"]), encoder, RefreshConfig(batch_size=50), sink
+        table,
+        delta_of(changed, [*gone, "nobody"]),
+        lambda _: encoder,
+        RefreshConfig(batch_size=50),
+        sink,
     )
 
     by_id = {p.product_id: p for p in before} | {p.product_id: p for p in changed}
@@ -125,7 +129,9 @@ def test_many_small_batches_are_compacted(tmp_path: Path) -> None:
     before = catalogue(400)
     table = published(tmp_path, before, IndexConfig(sample=5))
     changed = [replace(p, title=f"new {p.title}") for p in before[:300]]
-    made, _ = refresh(table, delta_of(changed), Encoder(), RefreshConfig(batch_size=20), NullSink())
+    made, _ = refresh(
+        table, delta_of(changed), lambda _: Encoder(), RefreshConfig(batch_size=20), NullSink()
+    )
     facts = {v["version"]: v["metadata"] for v in table.open().table.list_versions()}
     assert int(facts[made.version]["total_fragments"]) <= 2, "of sixteen"
 
@@ -134,7 +140,9 @@ def test_a_delta_that_changes_nothing_makes_no_version(tmp_path: Path) -> None:
     before, encoder = catalogue(50), Encoder()
     table = published(tmp_path, before, IndexConfig(sample=5))
     now = table.current()
-    made, counts = refresh(table, delta_of(before, ["x"]), encoder, RefreshConfig(), NullSink())
+    made, counts = refresh(
+        table, delta_of(before, ["x"]), lambda _: encoder, RefreshConfig(), NullSink()
+    )
     assert made == now == table.current() and encoder.texts == []
     assert counts == RefreshCounts(unchanged=50, absent=1)
 
@@ -143,10 +151,10 @@ def test_a_rolled_back_refresh_can_be_followed_by_another(tmp_path: Path) -> Non
     before = catalogue(60)
     table = published(tmp_path, before, IndexConfig(sample=5))
     wrong = delta_of([replace(before[0], title="wrong")], name="wrong")
-    refresh(table, wrong, Encoder(), RefreshConfig(), NullSink())
+    refresh(table, wrong, lambda _: Encoder(), RefreshConfig(), NullSink())
     table.rollback()
     right = delta_of([replace(before[1], title="right")], name="right")
-    made, _ = refresh(table, right, Encoder(), RefreshConfig(), NullSink())
+    made, _ = refresh(table, right, lambda _: Encoder(), RefreshConfig(), NullSink())
     titles = [p.title for p in table.open().products(["p00000", "p00001"]).values()]
     assert sorted(titles) == ["right", before[0].title]
     assert made.deltas == ("right",)
@@ -163,7 +171,9 @@ def test_the_vector_index_is_trained_anew_when_much_was_written(
     before = catalogue(1000)
     table = published(tmp_path, before, IndexConfig(kind="ivf_flat", sample=10))
     delta = delta_of([replace(p, title=f"new {p.title}") for p in before[:changed]])
-    made, _ = refresh(table, delta, Encoder(), RefreshConfig(rebuild_share=0.2), NullSink())
+    made, _ = refresh(
+        table, delta, lambda _: Encoder(), RefreshConfig(rebuild_share=0.2), NullSink()
+    )
     parts = vector_index_stats(table.open().table).num_indices
     assert (made.facts.trained_rows, made.facts.unindexed_rows) == (1000, 0)
     worn = changed > 0.2 * 1000
@@ -188,7 +198,7 @@ def test_recall_lost_by_a_refresh_is_won_back(
 
     monkeypatch.setattr(module, "measured_facts", at_first_bad)
     delta = delta_of([replace(before[0], title="new")])
-    made, _ = refresh(table, delta, Encoder(), RefreshConfig(probes=4), NullSink())
+    made, _ = refresh(table, delta, lambda _: Encoder(), RefreshConfig(probes=4), NullSink())
     assert [(f.probes, bool(f.trials)) for f in measured] == [
         (4, False),
         (10, True),
@@ -228,7 +238,7 @@ def test_a_small_delta_costs_a_small_part_of_a_build(
     encoder = Encoder()
     changed = [replace(p, title=f"new {p.title}") for p in before[:10]]
     delta = delta_of([*changed, *before[10:20]])
-    made, counts = refresh(table, delta, encoder, RefreshConfig(probes=8), NullSink())
+    made, counts = refresh(table, delta, lambda _: encoder, RefreshConfig(probes=8), NullSink())
     assert (counts.updated, counts.unchanged, len(encoder.texts)) == (10, 10, 10)
     assert work["execute"] == 10 and work["create_table"] == 0, "rows written"
     assert work["to_arrow"] == 20 + 8, "rows read to be compared, and searches"
@@ -244,10 +254,10 @@ def test_a_catalogue_that_grows_gets_the_index_of_its_size(
     table = published(tmp_path, before, IndexConfig(sample=10))
     assert table.current().facts.kind == "exact"  # type: ignore[union-attr]
     grown = delta_of(catalogue(600)[450:], name="grown")
-    made, _ = refresh(table, grown, Encoder(), RefreshConfig(), NullSink())
+    made, _ = refresh(table, grown, lambda _: Encoder(), RefreshConfig(), NullSink())
     assert (made.facts.kind, made.facts.unindexed_rows) == ("ivf_sq", 0)
     shrunk = delta_of([], [f"p{i:05d}" for i in range(200)], name="shrunk")
-    made, _ = refresh(table, shrunk, Encoder(), RefreshConfig(), NullSink())
+    made, _ = refresh(table, shrunk, lambda _: Encoder(), RefreshConfig(), NullSink())
     assert (made.facts.kind, made.facts.nprobes) == ("exact", None)
     assert vector_index_stats(table.open().table) is None
 
@@ -255,15 +265,15 @@ def test_a_catalogue_that_grows_gets_the_index_of_its_size(
 def test_what_cannot_be_refreshed_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     nothing = PublishedIndex(tmp_path / "nothing")
     with pytest.raises(ArtifactError, match="nothing published"):
-        refresh(nothing, delta_of(catalogue(1)), Encoder(), RefreshConfig(), NullSink())
+        refresh(nothing, delta_of(catalogue(1)), lambda _: Encoder(), RefreshConfig(), NullSink())
     before = catalogue(30)
     table = published(tmp_path, before, IndexConfig(sample=5))
     every = delta_of([], [p.product_id for p in before])
     with pytest.raises(ConfigError, match="deletes every product"):
-        refresh(table, every, Encoder(), RefreshConfig(), NullSink())
+        refresh(table, every, lambda _: Encoder(), RefreshConfig(), NullSink())
     other = delta_of([replace(before[0], title="new")], name="other")
     with pytest.raises(ConfigError, match="5 dimensions; expected 12"):
-        refresh(table, other, lambda t: np.eye(len(t), 5), RefreshConfig(), NullSink())
+        refresh(table, other, lambda _: lambda t: np.eye(len(t), 5), RefreshConfig(), NullSink())
     assert len(table.open()) == 30
-    made, _ = refresh(table, other, Encoder(), RefreshConfig(), NullSink())
+    made, _ = refresh(table, other, lambda _: Encoder(), RefreshConfig(), NullSink())
     assert made.facts.rows == 30

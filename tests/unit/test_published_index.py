@@ -119,7 +119,7 @@ def test_after_a_rollback_the_next_publish_goes_back_to_what_was_served(
 def test_an_index_is_served_again_as_refreshed_as_it_was(tmp_path: Path, sources: Path) -> None:
     table = publish_all(tmp_path, sources, "a")
     first = table.current()
-    fresh, _ = refresh(table, delta("z"), encode, RefreshConfig(), ListSink())
+    fresh, _ = refresh(table, delta("z"), lambda _: encode, RefreshConfig(), ListSink())
     assert table.restore("a") == fresh, "what is served stays, deltas and all"
     assert table.restore("b") is None and table.current() == fresh
     table.publish(sources / "b", origin("b"), ListSink())
@@ -249,7 +249,8 @@ elif point == "publish: after the tag":
 if point.startswith("publish"):
     table.publish(Path({source!r}), t.origin("b"), ListSink())
 elif point.startswith("refresh"):
-    refresh.refresh(table, t.delta("b"), t.encode, t.RefreshConfig(batch_size=10), ListSink())
+    config = t.RefreshConfig(batch_size=10)
+    refresh.refresh(table, t.delta("b"), lambda _: t.encode, config, ListSink())
 """
 
 
@@ -290,12 +291,12 @@ def test_a_killed_refresh_is_finished_by_the_next(tmp_path: Path, sources: Path)
     killed(tmp_path, sources, "refresh: first merge")
     assert brands(table) == "a" * ROWS
     other = PublishedIndex(shutil.copytree(table.folder, tmp_path / "copy"))
-    made, counts = refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+    made, counts = refresh(table, delta("b"), lambda _: encode, RefreshConfig(), ListSink())
     assert counts.encoded == 0, "the killed process had merged every row"
     assert made == table.current() and made.deltas == ("delta-b",)
     assert brands(table) == "a" * 29 + "b" * 30
     # another delta than the half-done one: nothing of that one may leak into it
-    refresh(other, delta("c", count=3), encode, RefreshConfig(), ListSink())
+    refresh(other, delta("c", count=3), lambda _: encode, RefreshConfig(), ListSink())
     assert brands(other) == "a" * 56 + "c" * 3
 
 
@@ -309,11 +310,11 @@ def test_an_interrupted_refresh_is_forgotten_once_another_index_is_published(
 
     monkeypatch.setattr("models.index.refresh._delete", stop)
     with pytest.raises(KeyboardInterrupt):
-        refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+        refresh(table, delta("b"), lambda _: encode, RefreshConfig(), ListSink())
     monkeypatch.undo()
     table.publish(sources / "c", origin("c"), ListSink())
     table.rollback()
-    refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+    refresh(table, delta("b"), lambda _: encode, RefreshConfig(), ListSink())
     assert brands(table) == "a" * 29 + "b" * 30, "nothing of c"
 
 
@@ -322,7 +323,7 @@ def test_a_refresh_killed_before_its_tag_is_only_tagged(tmp_path: Path, sources:
     killed(tmp_path, sources, "refresh: before the tag")
     assert brands(table) == "a" * ROWS
     newest = table.open().table.list_versions()[-1]["version"]
-    made, _ = refresh(table, delta("b"), encode, RefreshConfig(), ListSink())
+    made, _ = refresh(table, delta("b"), lambda _: encode, RefreshConfig(), ListSink())
     assert made.version == newest and brands(table) == "a" * 29 + "b" * 30
 
 
