@@ -227,8 +227,9 @@ def rollback(
 
     What is rolled back is marked withdrawn: it is not promoted again by itself, an embedder that a
     withdrawn judge taught is flagged, and `relearn versions` shows both. Nothing is deleted.
-    `relearn search` uses the earlier index at once, with the refreshes it had when it was left;
-    later ones have to be applied again, and a warning says how many.
+    `relearn search` uses the earlier index at once, with the refreshes it had when it was left; one
+    from further back than the last may be there only as it was built. Refreshes that it lacks have
+    to be applied again, and a warning says how many.
     """
     prepare(home)
     from flows.release import roll_back

@@ -69,8 +69,9 @@ def serve(store_name: str, ref: ArtifactRef | None, *, artifacts: ArtifactStore)
 
     What is served stays when it came from `ref`, with every refresh it had. Otherwise the newest
     kept version that came from `ref` is served again, as refreshed as it was when it was left, and
-    without one the artifact, as it was built. Deltas applied to another index since are not in
-    these rows: their texts have other vectors there. `relearn refresh` brings them in again.
+    without one the artifact, as it was built. Of the index served before this one a version is
+    always kept. Deltas applied to another index since are not in these rows: their texts have other
+    vectors there. `relearn refresh` brings them in again, and what the artifact as built lacks.
 
     Raises:
         As `publish`.
@@ -79,13 +80,17 @@ def serve(store_name: str, ref: ArtifactRef | None, *, artifacts: ArtifactStore)
     if ref is None:
         return table.withdraw()
     before = table.current()
-    now = table.restore(ref.fingerprint) or publish(store_name, ref, artifacts=artifacts)
-    if before is not None and set(before.deltas) - set(now.deltas):
+    applied = set() if before is None else set(before.deltas)
+    now = table.restore(ref.fingerprint)
+    if now is None:
+        applied |= set(table.lost(ref.fingerprint))
+        now = publish(store_name, ref, artifacts=artifacts)
+    if missing := applied - set(now.deltas):
         log.warning(
-            "%s is served without %d refreshes of the index before; apply them again: "
+            "%s is served without %d refreshes that it or the index before had; apply them again: "
             "relearn refresh --store %s --data DIR",
             now.origin.label,
-            len(set(before.deltas) - set(now.deltas)),
+            len(missing),
             store_name,
         )
 

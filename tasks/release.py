@@ -315,7 +315,8 @@ def rollback(
     """Make an earlier champion the champion again: (from, to). What is left is marked withdrawn.
 
     Its index is served as it was when it was left: with the refreshes it had, without later ones.
-    Where that version is no longer kept, it is the artifact, without any (`tasks.publish.serve`).
+    Of the index before, that version is kept; where one from further back is not, it is the
+    artifact, without any (`tasks.publish.serve`).
 
     to: number of an index that was champion (the last set with it, apart from the champion); None:
     the champion promoted before this one that was not withdrawn.

@@ -60,7 +60,8 @@ class RefreshConfig(BaseModel):
     """Probes that a refreshed index is searched with first, at the setting it was served with. Only
     if these miss the gate are all probes and all settings tried; then the index is trained anew."""
     keep: int = Field(default=3, ge=2)
-    """Published versions kept: the current one, the one before, and older ones."""
+    """Published versions kept: the current one, the one before, and older ones; beside them the one
+    that a rollback to the index before goes to."""
 
 
 def resolve_kind(kind: Kind, num_rows: int) -> Kind:

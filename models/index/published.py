@@ -7,12 +7,15 @@ that is replaced by a rename, so a reader sees the old version or the new one, n
     <folder>/products.lance          all versions; unchanged data is shared between them
     <folder>/versions/<n>.json       Publication: what version n holds, how to search it
     <folder>/versions/<n>.npy        its probes
+    <folder>/versions/left-<index>   the refreshes an index had when its last version was removed
     <folder>/pending                 the refresh that has begun to write, if any
 
 Order of a publish: rows -> indexes -> measured, gate -> record of the version -> tag -> clean-up. A
 crash between any two leaves the tag where it was; the next run either finds the record
 and moves the tag, or writes the version again. Versions that were published and are kept carry a
-tag `v<n>` of their own, which is what stops LanceDB's clean-up.
+tag `v<n>` of their own, which is what stops LanceDB's clean-up. That goes by age alone: nothing
+younger than the oldest tagged version is removed. So when the version that a rollback goes to grows
+older than the others, its rows are committed anew (the data is shared) and its tag follows them.
 
 Writers hold a lock on the folder; readers hold none. A reader keeps the version it opened: it must
 open again to see a newer one, and before `keep` further publishes have removed its own.
@@ -21,8 +24,9 @@ open again to see a newer one, and before `keep` further publishes have removed 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +60,7 @@ class Origin(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     fingerprint: str
-    """Identity of the built index."""
+    """Identity of the built index; a part of a file's name."""
     label: str = ""
     """What people read."""
     encoder: str = ""
@@ -70,11 +74,14 @@ class Publication(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     version: int
+    """LanceDB's number when it was made; later only the tag `v<n>` says where its rows are."""
     origin: Origin
     deltas: tuple[str, ...] = ()
     """Digests of the refreshes applied since `origin`, oldest first."""
     previous: int | None = None
     """The version that was served before this one."""
+    way_back: int | None = None
+    """The last version of another origin that was served before: a rollback goes there."""
     work: str
     """What made it, so that an interrupted publish is told from another one."""
     made_at: str
@@ -85,7 +92,8 @@ class PublishedIndex:
     """The published table of one store.
 
     Args:
-        keep: published versions that stay; the current one and its predecessor always do.
+        keep: published versions that stay; the current one, its predecessor and the one that a
+            rollback to the index before goes to always do.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -93,8 +101,9 @@ class PublishedIndex:
 
     def current(self) -> Publication | None:
         """The served version, None when nothing was ever published."""
-        version = self._tags().get(PUBLISHED)
-        return None if version is None else self._record(version)
+        tags = self._tags()
+        kept, served = self._kept(tags), tags.get(PUBLISHED)
+        return next((self._record(n) for n, held in kept.items() if held == served), None)
 
     def history(self) -> list[Publication]:
         """Every kept version that was served, the current one included; newest first."""
@@ -110,7 +119,7 @@ class PublishedIndex:
         if found is None:
             raise self._nothing()
         table = open_table(self.folder)
-        table.checkout(found.version)
+        table.checkout(self.held(found.version))
         return LanceIndex(table, found.facts.nprobes, found.facts.refine, found.facts.config.dim)
 
     def publish(
@@ -158,6 +167,12 @@ class PublishedIndex:
                 self._move(found.version)
                 log.info("version %d is published again: %s", found.version, found.origin.label)
             return found
+
+    def lost(self, fingerprint: str) -> tuple[str, ...]:
+        """Digests of the refreshes that the index `fingerprint` had when its last version was
+        removed; none of an index that never was served, or is kept."""
+        path = self._left(fingerprint)
+        return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
 
     def withdraw(self) -> None:
         """Serve nothing; the versions stay."""
@@ -218,12 +233,16 @@ class PublishedIndex:
         probes_PD: np.ndarray,
     ) -> Publication:
         """Write down the newest version; it is not served yet."""
-        before = self.current()
+        before, way_back = self.current(), None
+        if before is not None:
+            same = before.origin.fingerprint == origin.fingerprint
+            way_back = before.way_back if same else before.version
         made = Publication(
             version=int(table.version),
             origin=origin,
             deltas=deltas,
             previous=before.version if before else None,
+            way_back=way_back,
             work=work,
             made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
             facts=facts,
@@ -240,6 +259,10 @@ class PublishedIndex:
         log.info("version %d is published: %s", made.version, made.origin.label)
         sink.log({f"index/{name}": value for name, value in made.facts.numbers().items()})
         self._prune()
+
+    def held(self, version: int) -> int:
+        """LanceDB's number of the version that holds the rows of a published one."""
+        return self._kept(self._tags()).get(version, version)
 
     @property
     def pending(self) -> Path:
@@ -271,40 +294,68 @@ class PublishedIndex:
         listed = open_table(self.folder).tags.list()
         return {name: int(tag["version"]) for name, tag in listed.items()}
 
-    def _kept(self, tags: dict[str, int]) -> set[int]:
-        return {v for name, v in tags.items() if name == PUBLISHED or name == f"v{v}"}
+    def _kept(self, tags: Mapping[str, int]) -> dict[int, int]:
+        """{version: LanceDB's number of the one that holds its rows now}."""
+        kept = {int(n[1:]): held for n, held in tags.items() if n[0] == "v" and n[1:].isdigit()}
+        served = tags.get(PUBLISHED)
+        if served is not None and served not in kept.values():
+            kept[served] = served
+        return kept
 
     def _keep_current(self) -> None:
         """Give the served version a tag of its own before `published` leaves it."""
         tags = self._tags()
-        version = tags.get(PUBLISHED)
-        if version is not None and f"v{version}" not in tags:
-            open_table(self.folder).tags.create(f"v{version}", version)
+        served = tags.pop(PUBLISHED, None)
+        if served is not None and served not in tags.values():
+            open_table(self.folder).tags.create(f"v{served}", served)
 
     def _move(self, version: int) -> None:
-        tags = open_table(self.folder).tags
+        tags, held = open_table(self.folder).tags, self.held(version)
         if PUBLISHED in tags.list():
-            tags.update(PUBLISHED, version)
+            tags.update(PUBLISHED, held)
         else:
-            tags.create(PUBLISHED, version)
+            tags.create(PUBLISHED, held)
 
     def _prune(self) -> None:
         """Drop the tags and records of versions beyond the kept ones, then their files."""
-        tags, current = self._tags(), self.current()
+        kept, current = self._kept(self._tags()), self.current()
         assert current is not None, "called after the tag was moved"
-        kept = self._kept(tags)
-        stay = set(sorted(kept)[-self.keep :]) | {current.version}
-        stay |= {v for v in kept if v == current.previous}
+        way_back = self._way_back(kept, current)
+        newest = sorted(kept)[-self.keep :]
+        stay = {v for v in kept if v in (*newest, current.version, current.previous, way_back)}
         table = open_table(self.folder)
-        for version in kept - stay:
+        for version in sorted(kept.keys() - stay):
+            found = self._record(version)
+            write_text(self._left(found.origin.fingerprint), json.dumps(found.deltas))
             table.tags.delete(f"v{version}")
         for path in (self.folder / "versions").iterdir():
-            version = int(path.stem) if path.stem.isdigit() else min(stay)
-            if version < min(stay) or version in kept - stay:
+            if path.stem.isdigit() and int(path.stem) not in stay:
                 path.unlink()
+        if way_back is not None and all(kept[way_back] <= kept[v] for v in stay):
+            kept[way_back] = self._committed_anew(way_back)
         made = {v["version"]: v["timestamp"] for v in table.list_versions()}
-        age = datetime.now() - made[min(stay)] + timedelta(seconds=CLOCK_SLACK_S)
+        oldest = min(made[kept[v]] for v in stay)
+        age = datetime.now() - oldest + timedelta(seconds=CLOCK_SLACK_S)
         table.optimize(cleanup_older_than=age, delete_unverified=True)
+
+    def _way_back(self, kept: Mapping[int, int], current: Publication) -> int | None:
+        """The kept version that a rollback to another index goes to, None when there is none."""
+        if current.way_back in kept:
+            return current.way_back
+        mine = current.origin.fingerprint
+        others = (v for v in kept if self._record(v).origin.fingerprint != mine)
+        return max(others, default=None)
+
+    def _committed_anew(self, version: int) -> int:
+        """A new LanceDB version with the rows and indexes of a published one; takes its tag."""
+        table = open_table(self.folder)
+        table.checkout(self.held(version))
+        table.restore()
+        table.tags.update(f"v{version}", int(table.version))
+        return int(table.version)
+
+    def _left(self, fingerprint: str) -> Path:
+        return self.folder / "versions" / f"left-{fingerprint}"
 
     def _path(self, version: int) -> Path:
         return self.folder / "versions" / f"{version}.json"

@@ -129,8 +129,9 @@ def _writable(published: PublishedIndex, base: Publication, work: str) -> tuple[
     if published.pending.is_file() and published.pending.read_text(encoding="utf-8") == work:
         log.info("going on with an interrupted refresh")
         return table, True
-    if table.version != base.version:
-        table.checkout(base.version)
+    held = published.held(base.version)
+    if table.version != held:
+        table.checkout(held)
         table.restore()
     write_text(published.pending, work)
     return table, False

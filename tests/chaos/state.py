@@ -13,7 +13,10 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
 
 TIMED = re.compile(r"^stage/|latency|duration|(_s|_ms|per_s|step_time|rollout_share)$")
 """Metrics that two undisturbed runs do not share."""
@@ -132,7 +135,9 @@ def _whole(root: Path) -> tuple[dict[str, str], list[str]]:
         if not name.startswith((DATED, f"{TABLE}/")):
             digests[name] = digest
     if (root / "data" / TABLE).is_dir():
-        digests[TABLE] = rows_digest(root / "data")
+        from models.index.lance import open_table
+
+        digests[TABLE] = rows_digest(open_table(root / "data"))
     return digests, wrong
 
 
@@ -187,18 +192,13 @@ def _published(home: Path, state: State) -> list[str]:
             wrong.append(f"{folder.name} serves another index than the champion")
         state.published[folder.name] = (
             current.origin.fingerprint,
-            rows_digest(folder, current.version),
+            rows_digest(table.open().table),
         )
     return wrong
 
 
-def rows_digest(folder: Path, version: int | None = None) -> str:
+def rows_digest(table: Table) -> str:
     """sha256 over the rows of a LanceDB table, in the order of their product ids."""
-    from models.index.lance import open_table
-
-    table = open_table(folder)
-    if version is not None:
-        table.checkout(version)
     rows = table.to_arrow().sort_by("product_id")
     total = hashlib.sha256()
     for batch in rows.combine_chunks().to_batches():

@@ -143,3 +143,27 @@ def test_refreshes_outlive_a_failed_promotion_and_a_way_there_and_back(
     rollback(STORE, artifacts=artifacts())
     agree(old)
     assert title() == "renamed" and "without" not in caplog.text
+
+
+def test_a_rollback_to_an_index_that_is_no_longer_kept_counts_what_that_one_loses_too(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = (make_release(judge=n, index_by=small_index) for n in range(3))
+    monkeypatch.setattr(module, "_lazy_encoder", lambda *_: encode)
+
+    def refresh_with(*titles: str) -> None:
+        for title in titles:
+            (tmp_path / "products.csv").write_text(f"product_id,title\np1,{title}\n")
+            refresh(STORE, tmp_path, RefreshConfig(), artifacts=artifacts())
+
+    crown(first)
+    refresh_with("one", "two")
+    crown(second)
+    crown(third)
+    refresh_with("three", "four", "five")
+    caplog.clear()
+    rollback(STORE, "1", artifacts=artifacts())
+    agree(first)
+    index, _ = open_published(STORE, artifacts=artifacts())
+    assert index.products(["p1"])["p1"].title == "0 thing1"
+    assert "without 5 refreshes" in caplog.text

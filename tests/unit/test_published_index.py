@@ -19,7 +19,7 @@ from models.index import published as module
 from models.index.build import build_index, measured_facts
 from models.index.config import IndexConfig, RefreshConfig
 from models.index.facts import IndexFacts
-from models.index.published import Origin, PublishedIndex
+from models.index.published import Origin, Publication, PublishedIndex
 from models.index.refresh import refresh
 from models.metrics import ListSink
 from models.schemas import QUARANTINE
@@ -126,6 +126,58 @@ def test_an_index_is_served_again_as_refreshed_as_it_was(tmp_path: Path, sources
     assert table.restore("a") == fresh == table.current() != first
     assert brands(table) == "a" * 29 + "z" * 30
     assert {p.origin.fingerprint for p in table.history()} == {"a", "b"}, "b is kept"
+
+
+def refresh_all(table: PublishedIndex, names: str) -> Publication:
+    """Deltas applied in turn; what is served then."""
+    for name in names:
+        made, _ = refresh(table, delta(name), lambda _: encode, RefreshConfig(), ListSink())
+    return made
+
+
+def test_the_index_before_outlives_every_refresh_of_the_one_after(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CLOCK_SLACK_S", 0.3)
+    table = publish_all(tmp_path, sources, "a")
+    left = refresh_all(table, "uvw")
+    table.publish(sources / "b", origin("b"), ListSink())
+    for name in "ijklmnopqr":
+        served = refresh_all(table, name)
+    left_over = len(table.open().table.list_versions())
+    assert left_over < served.version / 2, "what lies between the two is removed"
+    assert [p.origin.fingerprint for p in table.history()] == ["b", "b", "b", "a"]
+
+    assert table.restore("a") == left == table.current()
+    assert brands(table) == "a" * 29 + "w" * 30
+    assert table.open().search_text("thing40", 1)[0][0] == "p040"
+    refresh_all(table, "x")
+    assert brands(table) == "a" * 29 + "x" * 30
+    assert table.rollback() == left and brands(table) == "a" * 29 + "w" * 30
+    assert table.restore("b") == served and brands(table) == "b" * 29 + "r" * 30
+
+
+def test_the_index_before_is_the_one_served_before_not_the_newest_other_one(
+    tmp_path: Path, sources: Path
+) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    left = refresh_all(table, "u")
+    table.publish(sources / "b", origin("b"), ListSink())
+    table.restore("a")
+    table.publish(sources / "c", origin("c"), ListSink())
+    refresh_all(table, "xyz")
+    assert table.restore("b") is None
+    assert table.restore("a") == left and brands(table) == "a" * 29 + "u" * 30
+
+
+def test_what_was_lost_with_a_removed_index_is_known(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    refresh_all(table, "uv")
+    table.publish(sources / "b", origin("b"), ListSink())
+    table.publish(sources / "c", origin("c"), ListSink())
+    refresh_all(table, "xyz")
+    assert table.restore("a") is None and table.restore("b") is not None
+    assert table.lost("a") == ("delta-u", "delta-v") and table.lost("f") == ()
 
 
 def test_what_is_withdrawn_is_not_served_and_can_be_again(tmp_path: Path, sources: Path) -> None:
