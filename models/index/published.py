@@ -27,7 +27,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -252,13 +252,27 @@ class PublishedIndex:
         return made
 
     def serve(self, made: Publication, sink: MetricSink) -> None:
-        """Move the tag to a recorded version, then remove versions beyond the kept ones."""
+        """Move the tag to a recorded version, then remove versions beyond the kept ones.
+
+        Removing is no part of the move: where it fails, a warning says so and the next one does it.
+        """
         self._keep_current()
         self._move(made.version)
         self.pending.unlink(missing_ok=True)
         log.info("version %d is published: %s", made.version, made.origin.label)
         sink.log({f"index/{name}": value for name, value in made.facts.numbers().items()})
-        self._prune()
+        try:
+            self._prune()
+        except Exception as error:
+            log.warning(
+                "version %d is served, but older ones could not be removed: %s: %s; the next "
+                "publish or refresh tries again. If that fails too, check the clock, the free "
+                "space and the permissions of %s",
+                made.version,
+                type(error).__name__,
+                error,
+                self.folder,
+            )
 
     def held(self, version: int) -> int:
         """LanceDB's number of the version that holds the rows of a published one."""
@@ -333,9 +347,10 @@ class PublishedIndex:
                 path.unlink()
         if way_back is not None and all(kept[way_back] <= kept[v] for v in stay):
             kept[way_back] = self._committed_anew(way_back)
-        made = {v["version"]: v["timestamp"] for v in table.list_versions()}
-        oldest = min(made[kept[v]] for v in stay)
-        age = datetime.now() - oldest + timedelta(seconds=CLOCK_SLACK_S)
+        # local and naive; in the hour that comes twice it may read one hour too early, which keeps
+        made = {v["version"]: v["timestamp"].astimezone(UTC) for v in table.list_versions()}
+        age = datetime.now(UTC) - min(made[kept[v]] for v in stay)
+        age = max(age, timedelta()) + timedelta(seconds=CLOCK_SLACK_S)
         table.optimize(cleanup_older_than=age, delete_unverified=True)
 
     def _way_back(self, kept: Mapping[int, int], current: Publication) -> int | None:

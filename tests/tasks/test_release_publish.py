@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lancedb.table import LanceTable
 
 from models.errors import ConfigError
 from models.index.build import build_index
@@ -143,6 +144,21 @@ def test_refreshes_outlive_a_failed_promotion_and_a_way_there_and_back(
     rollback(STORE, artifacts=artifacts())
     agree(old)
     assert title() == "renamed" and "without" not in caplog.text
+
+
+def test_a_clean_up_that_fails_takes_no_promotion_back(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = (make_release(judge=n, index_by=small_index) for n in (0, 1))
+    crown(old)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("tagged versions have been marked for cleanup")
+
+    monkeypatch.setattr(LanceTable, "optimize", fails)
+    crown(new)
+    agree(new)
+    assert "marked for cleanup" in caplog.text
 
 
 def test_a_rollback_to_an_index_that_is_no_longer_kept_counts_what_that_one_loses_too(

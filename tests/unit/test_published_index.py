@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from lancedb.table import LanceTable
 
 from models.errors import ArtifactError, ConfigError
 from models.index import published as module
@@ -20,7 +23,7 @@ from models.index.build import build_index, measured_facts
 from models.index.config import IndexConfig, RefreshConfig
 from models.index.facts import IndexFacts
 from models.index.published import Origin, Publication, PublishedIndex
-from models.index.refresh import refresh
+from models.index.refresh import NEVER, refresh
 from models.metrics import ListSink
 from models.schemas import QUARANTINE
 from models.sources.delta import Delta
@@ -209,6 +212,98 @@ def test_old_versions_go_and_their_files_with_them(
         table.open(old.version)
     records = {int(p.stem) for p in (table.folder / "versions").glob("*.json")}
     assert records == {p.version for p in table.history()}
+
+
+def test_a_clean_up_that_fails_fails_nothing_and_is_made_up_for(
+    tmp_path: Path,
+    sources: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(module, "CLOCK_SLACK_S", 0.3)
+    table = publish_all(tmp_path, sources, "a", keep=2)
+    real = LanceTable.optimize
+
+    def optimize(self: LanceTable, *, cleanup_older_than: timedelta, **more: Any) -> None:
+        if cleanup_older_than != NEVER:
+            raise RuntimeError("no space left")
+        real(self, cleanup_older_than=cleanup_older_than, **more)
+
+    monkeypatch.setattr(LanceTable, "optimize", optimize)
+    for name in "bcd":
+        made = table.publish(sources / name, origin(name), ListSink())
+        assert table.current() == made
+    assert refresh_all(table, "x") == table.current()
+    said = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 4 and "no space left" in said[-1].getMessage()
+    before = len(table.open().table.list_versions())
+    monkeypatch.setattr(LanceTable, "optimize", real)
+    time.sleep(0.5)
+    refresh_all(table, "yz")
+    assert len(table.open().table.list_versions()) < before
+    assert table.restore("c") is not None, "it was served before d"
+
+
+class Clock:
+    """A `datetime` that knows one moment."""
+
+    def __init__(self, moment: datetime) -> None:
+        self.moment = moment
+
+    def now(self, tz: tzinfo | None = None) -> datetime:
+        """That moment; local and naive without a zone."""
+        return self.moment.astimezone(tz) if tz else self.moment.astimezone().replace(tzinfo=None)
+
+
+def test_a_clock_that_was_set_back_stops_no_clean_up(
+    tmp_path: Path,
+    sources: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    table = publish_all(tmp_path, sources, "ab", keep=2)
+    monkeypatch.setattr(module, "datetime", Clock(datetime.now(UTC) - timedelta(hours=2)))
+    table.publish(sources / "c", origin("c"), ListSink())
+    assert [p.origin.fingerprint for p in table.history()] == ["c", "b"]
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.fixture
+def central_europe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Local time with a summer's hour, whatever the machine's is."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("made", "now"),
+    [("2026-10-25T00:50", "2026-10-25T01:10"), ("2026-03-29T00:59", "2026-03-29T01:19")],
+    ids=["an hour that comes twice", "an hour left out"],
+)
+def test_the_age_of_a_version_is_elapsed_time(
+    tmp_path: Path,
+    sources: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    central_europe: None,
+    made: str,
+    now: str,
+) -> None:
+    table, ages = publish_all(tmp_path, sources, "a"), []
+    then, today = (datetime.fromisoformat(moment).replace(tzinfo=UTC) for moment in (made, now))
+    real = LanceTable.list_versions
+    stamp = datetime.fromtimestamp(then.timestamp()) + timedelta()  # as LanceDB makes them
+    monkeypatch.setattr(
+        LanceTable, "list_versions", lambda self: [v | {"timestamp": stamp} for v in real(self)]
+    )
+    monkeypatch.setattr(
+        LanceTable, "optimize", lambda self, **how: ages.append(how["cleanup_older_than"])
+    )
+    monkeypatch.setattr(module, "datetime", Clock(today))
+    table.publish(sources / "b", origin("b"), ListSink())
+    assert ages == [timedelta(minutes=20, seconds=module.CLOCK_SLACK_S)]
 
 
 def test_a_copy_that_fails_the_gate_is_not_served(
