@@ -42,20 +42,21 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
 
     delta: folder on the machine that runs the flow, with changed rows as products.parquet or .csv;
     an empty one means that nothing changed. None: the products of today's whole catalogue that the
-    index lacks or holds otherwise, and those that it holds no more.
+    index lacks or holds otherwise, and those that it holds no more, unless these are more than
+    `refresh.max_deleted` of what is served.
 
     Returns:
         as `refresh_published`; of an empty delta folder the version alone.
 
     Raises:
-        ArtifactError: nothing is published. ConfigError: no such folder.
+        ArtifactError: nothing is published. ConfigError: no such folder, too much to delete.
     """
     config = chain.config
     _require_published(config.name)
     if delta is None:
         with data_folder(chain), pipeline(f"refresh {config.name}", config.name) as current:
             today = prepare_data(config.data)
-            return _refreshed(config.name, refresh_to, today, None, current.run_id)
+            return _refreshed(config.name, refresh_to, today, config.refresh, current.run_id)
     folder = Path(delta).expanduser()
     if not folder.is_dir():
         got = f"delta {delta} on this machine"
@@ -64,7 +65,7 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
         if not any(folder.iterdir()):
             current_version = _require_published(config.name)
             return {"version": current_version, "delta": f"{folder} is empty: nothing changed"}
-        return _refreshed(config.name, refresh, folder, None, current.run_id)
+        return _refreshed(config.name, refresh, folder, config.refresh, current.run_id)
 
 
 def _require_published(name: str) -> int:

@@ -29,7 +29,7 @@ from models.embedder.config import (
 from models.errors import ConfigError, explain
 from models.evaluation.gate import GateConfig
 from models.evaluation.monitor import MonitorConfig
-from models.index.config import IndexConfig
+from models.index.config import IndexConfig, RefreshConfig
 from models.judge.config import (
     CrossEncoderConfig,
     DpoConfig,
@@ -139,6 +139,8 @@ class PipelineConfig(_Config):
     """Read by `relearn ablate judge` alone."""
     monitor: MonitorConfig = MonitorConfig()
     """How far today's data may move from the champions' before something is run."""
+    refresh: RefreshConfig = RefreshConfig()
+    """Read by the deployment `refresh-index` alone."""
 
 
 def _source(store: str) -> Any:

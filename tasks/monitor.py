@@ -167,7 +167,7 @@ def index_age(
     age = (now - datetime.fromisoformat(served.made_at)).total_seconds() / 3600
     said = (
         f"{len(found.missing)} missing, {len(found.changed)} changed, {len(found.gone)} gone "
-        f"of {found.products}"
+        f"of {found.products}" + (f"; {len(found.kept)} faulty today" if found.kept else "")
     )
     return (
         {"index_stale_share": found.share, "index_lag_hours": max(0.0, age) if found.stale else 0},

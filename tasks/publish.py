@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 INDEX_KIND = "index"
+QUARANTINE_FILE = "quarantine.parquet"
+"""Beside the store, in an artifact of ingest or validate."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -135,17 +137,20 @@ def refresh_to(
     artifacts: ArtifactStore | None = None,
     sink: MetricSink | None = None,
 ) -> tuple[Publication, RefreshCounts]:
-    """Make the published index hold the products of the store `catalogue`, no other ones.
+    """Make the published index hold the products of the store `catalogue`, no other ones but those
+    whose rows are in the store's quarantine: they stay as they were.
 
     Raises:
-        As `refresh`.
+        As `refresh`. ConfigError: more than `config.max_deleted` of the products would go.
     """
     artifacts = artifacts or ArtifactStore(settings())
     folder = artifacts.path(catalogue)
     table = _table(store_name, artifacts)
-    return _apply(
-        store_name, lambda base: _difference(table, base, folder).delta(), config, artifacts, sink
-    )
+
+    def delta(base: Publication) -> Delta:
+        return _difference(table, base, folder).delta(config.max_deleted)
+
+    return _apply(store_name, delta, config, artifacts, sink)
 
 
 def staleness(
@@ -166,11 +171,16 @@ def staleness(
 
 def _difference(table: PublishedIndex, served: Publication, catalogue: Path) -> Difference:
     """How the version `served` differs from the products in the folder of a store artifact."""
+    import pyarrow.parquet as pq
+
     from models.index.difference import difference
     from models.store import stream_products
 
     products, _ = stream_products(catalogue / "store")
-    return difference(table.open(served.version), products, served.facts.config.max_text_chars)
+    path = catalogue / QUARANTINE_FILE
+    quarantine = pq.read_table(path) if path.is_file() else None
+    chars = served.facts.config.max_text_chars
+    return difference(table.open(served.version), products, chars, quarantine)
 
 
 def _apply(

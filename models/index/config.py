@@ -44,7 +44,7 @@ class IndexConfig(BaseModel):
 
 
 class RefreshConfig(BaseModel):
-    """When a refreshed index is trained anew, and how many versions stay."""
+    """When a refreshed index is trained anew, how much may be deleted, how many versions stay."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -59,6 +59,10 @@ class RefreshConfig(BaseModel):
     probes: int = Field(default=50, ge=1)
     """Probes that a refreshed index is searched with first, at the setting it was served with. Only
     if these miss the gate are all probes and all settings tried; then the index is trained anew."""
+    max_deleted: float = Field(default=0.2, ge=0, le=1)
+    """Share of the served products that a refresh to a whole catalogue may delete; beyond it the
+    refresh is refused, since a file that is still being written reads as a shorter one. 1 allows
+    all. A delta names what it deletes and is not limited. Ours."""
     keep: int = Field(default=3, ge=2)
     """Published versions kept: the current one, the one before, and older ones; beside them the one
     that a rollback to the index before goes to."""

@@ -60,7 +60,7 @@ class RefreshCounts:
     absent: int = 0
     """Deleted, but not there."""
     refused: int = 0
-    """Faulty rows of the delta."""
+    """Faulty rows of the delta, or product rows of the catalogue; what is served of them stays."""
     encode_s: float = 0.0
 
     @property

@@ -8,12 +8,14 @@ replaces the product of its id as a whole. Faulty rows are set aside with a reas
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from models.errors import DataContractError, explain
 from models.schemas import JUDGMENTS, QUERIES
@@ -64,6 +66,15 @@ def read_delta(folder: Path, encoding: str = "utf-8") -> Delta:
         raise DataContractError(explain(got, "one row an id", "drop one of the two rows"))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return Delta(tuple(to_products(good["products"])), deleted, digest, quarantine)
+
+
+def refused_ids(quarantine: pa.Table) -> set[str]:
+    """Ids of the products whose rows were set aside, as a store would hold them.
+
+    An id of more than 200 characters is not among them: the quarantine cuts it.
+    """
+    rows = quarantine.filter(pc.equal(quarantine["table"], "products"))["row"].to_pylist()
+    return {_id(json.loads(row)["product_id"]) for row in rows} - {""}
 
 
 def _read(path: Path, encoding: str) -> pd.DataFrame:

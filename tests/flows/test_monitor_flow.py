@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import backfill as backfill_module
+from flows import index
 from flows.backfill import Span, backfill
 from flows.index import refresh_index
 from flows.monitor import monitor
@@ -163,6 +164,20 @@ def test_a_delta_folder_may_be_empty_and_must_be_there(
         write(store_of(chain), tmp_path / "delta")
         unchanged = refresh_index(SAME, str(tmp_path / "delta"))
     assert (unchanged["unchanged"], unchanged["updated"]) == (120, 0)
+
+
+def test_the_settings_of_a_refresh_come_with_its_chain(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr(index, "_require_published", lambda name: 1)
+    monkeypatch.setattr(index, "prepare_data", lambda config: None)
+    monkeypatch.setattr(index, "_refreshed", lambda *values: given.append(values[3]))
+    (tmp_path / "products.csv").write_text("product_id,title\n")
+    chain = Chain(changes=("refresh.max_deleted=0.5",))
+    for delta in (None, str(tmp_path)):
+        refresh_index.fn(chain, delta)
+    assert [config.max_deleted for config in given] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("flow", [monitor, refresh_index])

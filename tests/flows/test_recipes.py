@@ -65,6 +65,7 @@ def test_the_form_explains_its_fields() -> None:
         ('judge.teacher={"kind": "chat", "model": "r1"}', "judge.teacher.model", "r1"),
         ("judge.grpo.replay={}", "judge.grpo.replay.max_ratio", 1.0),
         ("embedder.evaluation.ks=[5, 20]", "embedder.evaluation.ks", (5, 20)),
+        ("refresh.max_deleted=0.5", "refresh.max_deleted", 0.5),
         ("data.source.num_products=500", "data.source.num_products", 500),
     ],
 )

@@ -16,9 +16,12 @@ from models.index.config import IndexConfig, RefreshConfig
 from models.index.published import PublishedIndex
 from models.metrics import ListSink
 from models.schemas import PRODUCTS
+from models.sources import TablesSource
+from models.split import SplitConfig
 from models.types import Product
 from tasks import publish as module
 from tasks.artifacts import ArtifactRef, ArtifactStore
+from tasks.ingest import ingest
 from tasks.publish import (
     history,
     open_published,
@@ -149,6 +152,38 @@ def test_a_whole_catalogue_mends_what_is_served_when_it_gets_its_turn(
     now, counts = refresh_to("shop", today, RefreshConfig())
     assert now.origin.fingerprint == second.fingerprint
     assert (counts.updated, counts.deleted) == (11, 1)
+    assert staleness("shop", today)[1].stale == 0
+
+
+def test_a_catalogue_cut_short_leaves_the_served_index_alone(
+    current: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("shop", made("a"))
+    monkeypatch.setattr(module, "_lazy_encoder", lambda artifacts, label: encode)
+    short = fake_catalogue.make(mark="a", count=9)
+    before = published("shop")
+    with pytest.raises(ConfigError, match=r"3 of 12 served .*at most 20%.*refresh\.max_deleted"):
+        refresh_to("shop", short, RefreshConfig())
+    assert published("shop") == before
+    now, counts = refresh_to("shop", short, RefreshConfig(max_deleted=1))
+    assert (counts.deleted, now.facts.rows) == (3, 9)
+
+
+def test_a_product_that_todays_data_holds_with_a_fault_stays(
+    current: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("shop", made("a"))
+    rows = "".join(f"p{i},a thing{i},{'free' if i in (3, 4) else ''}\n" for i in range(11))
+    (tmp_path / "products.csv").write_text(f"product_id,title,price\n{rows}")
+    (tmp_path / "queries.csv").write_text("query_id,text\nq1,one\nq2,two\nq3,three\n")
+    graded = "q1,p1,4\nq2,p1,3\nq3,p1,2\n"
+    (tmp_path / "judgments.csv").write_text(f"query_id,product_id,grade\n{graded}")
+    monkeypatch.setenv("RELEARN_DATA_DIR", str(tmp_path))
+    today = ingest.make(source=TablesSource(), split=SplitConfig(), content="")
+    _, counts = refresh_to("shop", today, RefreshConfig())
+    assert (counts.deleted, counts.refused) == (1, 2)
+    index, _ = open_published("shop")
+    assert index.products(["p3", "p11"])["p3"].title == "a thing3" and len(index) == 11
     assert staleness("shop", today)[1].stale == 0
 
 

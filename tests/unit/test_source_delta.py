@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.errors import DataContractError
-from models.sources.delta import read_delta
+from models.sources.delta import read_delta, refused_ids
 from models.types import Product
 
 
@@ -52,6 +52,15 @@ def test_faulty_rows_are_set_aside(tmp_path: Path) -> None:
     delta = read_delta(folder)
     assert [p.product_id for p in delta.products] == ["a"]
     assert sorted(delta.quarantine["reason"].to_pylist()) == ["bad_price", "empty_text"]
+
+
+def test_refused_ids_are_those_the_store_would_hold(tmp_path: Path) -> None:
+    ids = [7.0, 8.0, None, 9.0]
+    folder = write(tmp_path, product_id=ids, title=["x", " ", "no id", "z"], price=[-1, 2, 3, 4])
+    quarantine = read_delta(folder).quarantine
+    assert quarantine.num_rows == 3 and refused_ids(quarantine) == {"7", "8"}
+    queries = quarantine.set_column(0, "table", pa.array(["queries"] * 3))
+    assert refused_ids(queries) == set()
 
 
 def test_the_digest_names_the_content(tmp_path: Path) -> None:
