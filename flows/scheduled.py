@@ -76,8 +76,7 @@ def retrain(chain: Chain) -> ReleaseResult:
 def retrain_judge(chain: Chain) -> ReleaseResult:
     """CoT SFT, pass@N, DPO, GRPO, CumPT on today's data; released with the champion's retriever."""
     config = chain.config
-    for role in ("embedder", "index"):
-        _champion(config.name, role)  # before the training, not after
+    _champions(config.name, "embedder", "index")  # before the training, not after
     with data_folder(chain), pipeline(f"retrain-judge {config.name}", config.name):
         store = prepare_data(config.data)
         made = train_judge(config.judge, store)
@@ -88,7 +87,7 @@ def retrain_judge(chain: Chain) -> ReleaseResult:
 def retrain_embedder(chain: Chain) -> ReleaseResult:
     """Contrastive SFT and Retrieval-GRPO on today's data, with the champion judge as the reward."""
     config = chain.config
-    judge = _champion(config.name, "judge")
+    (judge,) = _champions(config.name, "judge")
     with data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
         store = prepare_data(config.data)
         made = train_embedder(config.embedder, store, judge)
@@ -102,7 +101,7 @@ def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
     The index is built as the champion's was.
     """
     config = chain.config
-    judge, encoder, served = (_champion(config.name, r) for r in ("judge", "embedder", "index"))
+    judge, encoder, served = _champions(config.name, "judge", "embedder", "index")
     with data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):
         store = prepare_data(config.data)
         # a finished judge carries the prompt that it reads by
@@ -129,19 +128,21 @@ def artifacts_of(name: str) -> ArtifactStore:
     return ArtifactStore(settings().model_copy(update={"experiment": name}))
 
 
-def _champion(name: str, role: str) -> ArtifactRef:
-    """The champion's artifact, once a move of champions that a crash cut off is carried out.
+def _champions(name: str, *roles: str) -> list[ArtifactRef]:
+    """The champions' artifacts, once a move of champions that a crash cut off is carried out.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: one is missing.
     """
-    artifacts = artifacts_of(name)
+    artifacts, refs = artifacts_of(name), []
     finish_pending(name, artifacts=artifacts)
-    found = champion(model_name(name, role), store=artifacts)
-    if found is None:
-        got = f"no champion of {model_name(name, role)}"
-        raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
-    return found.ref
+    for role in roles:
+        found = champion(model_name(name, role), store=artifacts)
+        if found is None:
+            got = f"no champion of {model_name(name, role)}"
+            raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
+        refs.append(found.ref)
+    return refs
 
 
 @contextmanager

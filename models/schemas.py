@@ -88,6 +88,8 @@ QUARANTINE = pa.schema(
         pa.field("row", pa.string(), nullable=False),
     ]
 )
+QUARANTINE_FILE = "quarantine.parquet"
+"""Beside the store, in an artifact of ingest or validate."""
 TABLES: dict[str, pa.Schema] = {
     "products": PRODUCTS,
     "queries": QUERIES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow.parquet as pq
 
+from models.schemas import QUARANTINE_FILE
 from models.sources import SourceConfig
 from models.split import SplitConfig
 from models.store import Store
@@ -35,7 +36,7 @@ def ingest(
     queries = assign(loaded.store.queries, split, judged)
     store = replace(loaded.store, queries=queries)
     store.write(ctx.out / "store")
-    pq.write_table(loaded.quarantine, ctx.out / "quarantine.parquet")
+    pq.write_table(loaded.quarantine, ctx.out / QUARANTINE_FILE)
     counts = {name: getattr(store, name).num_rows for name in ("products", "queries", "judgments")}
     ctx.table("store", [counts | {"quarantined": loaded.quarantine.num_rows, **store.notes}])
     return {f"rows/{k}": v for k, v in counts.items()}
@@ -48,7 +49,7 @@ def validate_store(ctx: StageContext, raw: ArtifactRef, quality: QualityConfig) 
 
     folder = ctx.open(raw)
     store = Store.read(folder / "store")
-    quarantine = pq.read_table(folder / "quarantine.parquet")
+    quarantine = pq.read_table(folder / QUARANTINE_FILE)
     validate(store, quarantine, quality, ctx.out)
     ctx.markdown("validation", (ctx.out / "report.md").read_text(encoding="utf-8"))
     store.write(ctx.out / "store")

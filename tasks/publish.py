@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 INDEX_KIND = "index"
-QUARANTINE_FILE = "quarantine.parquet"
-"""Beside the store, in an artifact of ingest or validate."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -174,6 +172,7 @@ def _difference(table: PublishedIndex, served: Publication, catalogue: Path) -> 
     import pyarrow.parquet as pq
 
     from models.index.difference import difference
+    from models.schemas import QUARANTINE_FILE
     from models.store import stream_products
 
     products, _ = stream_products(catalogue / "store")

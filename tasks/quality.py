@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import DataContractError, explain
-from models.schemas import EVENTS, MAX_TEXT, TABLES
+from models.schemas import EVENTS, MAX_TEXT, QUARANTINE_FILE, TABLES
 from models.split import leaks
 from models.store import SPLITS, Store
 from models.text import normalise
@@ -139,7 +139,7 @@ def validate(store: Store, quarantine: pa.Table, config: QualityConfig, out: Pat
     )
     (out / "report.md").write_text(report.markdown())
     (out / "results.json").write_text(json.dumps([asdict(c) for c in checks], indent=1))
-    pq.write_table(quarantine, out / "quarantine.parquet")
+    pq.write_table(quarantine, out / QUARANTINE_FILE)
     for check in report.warnings:
         log.warning("%s: %s (%d) %s", check.table, check.name, check.unexpected, check.do)
     if report.failures:

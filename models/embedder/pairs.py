@@ -56,10 +56,15 @@ def positive_pairs(
                 "lower min_grade, or add labelled queries",
             )
         )
-    if config.max_pairs is not None and len(pairs) > config.max_pairs:
-        keep = np.random.default_rng(config.seed).permutation(len(pairs))[: config.max_pairs]
-        pairs = [pairs[i] for i in sorted(keep.tolist())]
-    return pairs
+    return cut_pairs(pairs, config.max_pairs, config.seed)
+
+
+def cut_pairs(pairs: list[PositivePair], max_pairs: int | None, seed: int) -> list[PositivePair]:
+    """At most `max_pairs` of them, drawn with `seed`, in their order; None: all."""
+    if max_pairs is None or len(pairs) <= max_pairs:
+        return pairs
+    keep = np.random.default_rng(seed).permutation(len(pairs))[:max_pairs]
+    return [pairs[i] for i in sorted(keep.tolist())]
 
 
 def _judged_weights(

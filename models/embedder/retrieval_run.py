@@ -27,6 +27,7 @@ from models.embedder.encoder import embed, encode, load_encoder
 from models.embedder.pairs import (
     Copies,
     PositivePair,
+    cut_pairs,
     known_positives,
     masked_columns,
     positive_pairs,
@@ -165,12 +166,12 @@ class Run:
         self.pool = CandidatePool([store.product_by_id[p] for p in ids], bf16=config.bf16)
         self.anchor: list[PositivePair] = []
         if config.sft_weight > 0:
-            every = ContrastiveConfig(
+            wanted = ContrastiveConfig(
                 min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
             )
-            cut = {"max_pairs": config.anchor_pairs, "seed": config.seed}
-            self.anchor = positive_pairs(store, every.model_copy(update=cut))
-            self.known = known_positives(store, positive_pairs(store, every))
+            every = positive_pairs(store, wanted)
+            self.anchor = cut_pairs(every, config.anchor_pairs, config.seed)
+            self.known = known_positives(store, every)
             self.copies = Copies(store.product_by_id)
         if config.pool == "batch":
             self._check_batches()

@@ -8,6 +8,7 @@ Shapes: N products, Q queries, D dim, k results. Distances are cosine; scores ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -125,7 +126,7 @@ class LanceIndex:
         Raises:
             ConfigError: an index without full text.
         """
-        if not any(index.index_type == "FTS" for index in self.table.list_indices()):
+        if not self._has_full_text:
             do = "search by vector, or build it with full_text=true"
             raise ConfigError(explain("an index without full text", "one with it", do))
         if not terms(query):
@@ -136,6 +137,10 @@ class LanceIndex:
             search = search.where(where, prefilter=True)
         rows = search.to_arrow()
         return list(zip(rows["product_id"].to_pylist(), rows["_score"].to_pylist(), strict=True))
+
+    @functools.cached_property
+    def _has_full_text(self) -> bool:
+        return any(index.index_type == "FTS" for index in self.table.list_indices())
 
     def search_hybrid(
         self, query: str, vector_D: np.ndarray, k: int, where: str | None = None

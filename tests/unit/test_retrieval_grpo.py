@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -366,32 +367,34 @@ def test_every_switch_runs(
     assert np.isfinite(sink.series("embedder/rgrpo/loss")).all()
 
 
+@contextmanager
+def dying_at_step(step: int) -> Iterator[None]:
+    """Training inside is cut off, as by Ctrl-C, when it comes to the loss of `step`."""
+    original, calls = retrieval_run.retrieval_grpo, 0
+
+    def loss(*args: Any, **kwargs: Any) -> GroupLoss:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(retrieval_run, "retrieval_grpo", loss)
+        yield
+
+
 def test_resumed_equals_straight(
-    store: Store,
-    encoder_dir: Path,
-    quality: Quality,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
 ) -> None:
     def train(name: str) -> None:
         folder, scratch = tmp_path / name, tmp_path / f"{name}-scratch"
         train_retrieval_grpo(str(encoder_dir), store, [quality], FAST, folder, scratch, ListSink())
 
     train("straight")
-    original, calls = retrieval_run.retrieval_grpo, 0
-
-    def dies_at_step_7(*args: Any, **kwargs: Any) -> GroupLoss:
-        nonlocal calls
-        calls += 1
-        if calls == 7:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(retrieval_run, "retrieval_grpo", dies_at_step_7)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at_step(7):
         train("resumed")
     assert not (tmp_path / "resumed").exists()
-    monkeypatch.setattr(retrieval_run, "retrieval_grpo", original)
     train("resumed")
     straight, resumed = (
         encode(load_encoder(str(tmp_path / f"{n}-scratch" / "step-12")), ["sofa new"])
@@ -415,7 +418,7 @@ class KindJudge:
 
 
 def test_a_resumed_run_counts_what_it_asked_before(
-    store: Store, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, encoder_dir: Path, tmp_path: Path
 ) -> None:
     judge = KindJudge()
 
@@ -427,19 +430,8 @@ def test_a_resumed_run_counts_what_it_asked_before(
         return reward
 
     straight = train("straight")
-    original, calls = retrieval_run.retrieval_grpo, 0
-
-    def dies_at_step_9(*args: Any, **kwargs: Any) -> GroupLoss:
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(retrieval_run, "retrieval_grpo", dies_at_step_9)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at_step(9):
         train("resumed")
-    monkeypatch.setattr(retrieval_run, "retrieval_grpo", original)
     resumed = train("resumed")
     assert (resumed.num_pairs, resumed.num_tokens) == (straight.num_pairs, straight.num_tokens)
     assert straight.num_tokens == 1 + len(straight.state()["query_ids"]) + straight.num_pairs
