@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -32,7 +33,10 @@ app.add_typer(ablate, name="ablate")
 
 def main() -> None:
     """Run the command line."""
-    guarded(lambda: app(obj=_process_began_s()))
+    try:
+        guarded(lambda: app(obj=_process_began_s()))
+    finally:
+        gc.freeze()  # nothing is to be freed one by one any more: the process ends
 
 
 def _process_began_s() -> float:
@@ -80,14 +84,17 @@ def run(
     """
     began_s = context.obj or time.monotonic()
     prepare(home, data)
+    server = None
+    if not show_config:
+        databases_ready(settings())
+        server = temporary.start(settings())
     from flows.recipes import recipe as make_recipe
 
     config = make_recipe(recipe, store, changes or [])
     if show_config:
         print(config.model_dump_json(indent=1))
         return
-    databases_ready(settings())
-    with _served() as loading:
+    with _served(server) as loading:
         from flows.pipeline import run_pipeline
 
         result = run_pipeline(config)
@@ -95,19 +102,20 @@ def run(
 
 
 @contextlib.contextmanager
-def _served() -> Iterator[temporary.Loading]:
-    """A Prefect server answers inside; while one is starting, what the stages need is loaded."""
-    loading, server = temporary.Loading(), temporary.start(settings())
-    if server is None:
-        yield loading
-        return
-    import flows.pipeline  # noqa: F401
-    from tasks.artifacts import ArtifactStore
+def _served(server: temporary.TemporaryServer | None) -> Iterator[temporary.Loading]:
+    """A Prefect server answers inside; while `server` starts, what the stages need is loaded."""
+    loading = temporary.Loading()
 
     def open_store() -> None:
+        from tasks.artifacts import ArtifactStore
+
         ArtifactStore(settings()).client.search_experiments(max_results=1)
 
-    with server.ready(meanwhile=(open_store, *loading)):
+    with contextlib.ExitStack() as inside:
+        with temporary.uncollected():
+            import flows.pipeline  # noqa: F401
+
+            inside.enter_context(temporary.answering(server, (open_store, *loading)))
         yield loading
 
 
@@ -357,9 +365,11 @@ def refresh(
     """
     prepare(home, data)
     databases_ready(settings())
+    server = temporary.start(settings())
     from flows.index import refresh_published
 
-    done = refresh_published(store)
+    with temporary.answering(server):
+        done = refresh_published(store)
     console.print(
         f"version {done['version']}: {done['rows']} products; {done['inserted']} inserted, "
         f"{done['updated']} updated, {done['deleted']} deleted, {done['unchanged']} unchanged, "
@@ -425,6 +435,8 @@ def monitor(
         relearn monitor --set monitor.cooldown_hours=72 --set monitor.query_mmd.reaction=none
     """
     prepare(home, data)
+    databases_ready(settings())
+    server = temporary.start(settings())
     from flows.monitor import monitor as run_monitor
     from flows.recipes import recipe as make_recipe
     from flows.scheduled import Chain
@@ -435,7 +447,8 @@ def monitor(
     chain = Chain.model_validate(
         {"recipe": recipe, "store": store, "data": folder, "changes": changes or []}
     )
-    done = run_monitor(chain)
+    with temporary.answering(server):
+        done = run_monitor(chain)
     console.print(monitor_table(done.report))
     for line in done.outcomes or ["all within their limits: nothing to run"]:
         say(line)

@@ -10,6 +10,8 @@ import typer
 
 from flows.console import Home, console, prepare
 from models.errors import ConfigError, explain
+from tasks import temporary
+from tasks.faults import databases_ready
 from tasks.settings import settings
 
 ablate = typer.Typer(
@@ -73,6 +75,8 @@ def ablate_judge(
     """
     numbers = _seeds(seeds)
     prepare(home, data)
+    databases_ready(settings())
+    server = None if list_rows else temporary.start(settings())
     from flows import ablate as ablation
     from flows.recipes import recipe as make_recipe
     from flows.tables import ablation_rows_table, ablation_table, stage_table
@@ -86,7 +90,8 @@ def ablate_judge(
         console.print(ablation_rows_table(chosen))
         return
     started = time.monotonic()
-    result = ablation.ablate_judge(config, numbers, names)
+    with temporary.answering(server):
+        result = ablation.ablate_judge(config, numbers, names)
     console.print(stage_table(result.reports))
     console.print(ablation_table(result.records))
     folder = ArtifactStore(settings()).path(result.table)
@@ -132,13 +137,16 @@ def ablate_retriever(
     """
     numbers = _seeds(seeds)
     prepare(home, data)
+    databases_ready(settings())
+    server = temporary.start(settings())
     from flows import ablate_retriever as flow
     from flows.recipes import recipe as make_recipe
     from tasks.artifacts import ArtifactStore
 
     config = make_recipe(recipe, store, changes or [])
     names = [name.strip() for name in rows.split(",") if name.strip()] or list(flow.TITLES)
-    result = flow.ablate_retriever(config, numbers, names)
+    with temporary.answering(server):
+        result = flow.ablate_retriever(config, numbers, names)
     folder = ArtifactStore(settings()).path(result.table)
     table, text = flow.read_report(folder)
     console.print(flow.ablation_table(table, f"Retriever ablation, {config.name}"))

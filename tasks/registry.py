@@ -8,7 +8,8 @@ registered twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ def get(name: str, alias: str, *, store: ArtifactStore | None = None) -> Registe
         if error.error_code not in ABSENT:
             raise
         return None
-    return _registered(found, _aliases(store.client, name))
+    return _registered(found, found.aliases)
 
 
 def set_alias(name: str, alias: str, version: str, *, store: ArtifactStore | None = None) -> None:
@@ -140,10 +141,13 @@ def delete_alias(name: str, alias: str, *, store: ArtifactStore | None = None) -
 def versions(name: str, *, store: ArtifactStore | None = None) -> list[Registered]:
     """Every version of `name`, newest first; empty when the model is not registered."""
     store = store or _store()
-    aliases = _aliases(store.client, name)
+    names: dict[str, list[str]] = defaultdict(list)
+    for alias, number in _aliases(store.client, name).items():
+        names[number].append(alias)
     found = store.client.search_model_versions(f"name = '{_quoted(name)}'")
     ordered = sorted(found, key=lambda v: int(v.version), reverse=True)
-    return [_registered(v, aliases) for v in ordered if f"{TAG}fingerprint" in v.tags]
+    ours = (v for v in ordered if f"{TAG}fingerprint" in v.tags)
+    return [_registered(v, names[str(v.version)]) for v in ours]
 
 
 def _store() -> ArtifactStore:
@@ -216,7 +220,7 @@ def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
     return {k: str(v) for k, v in found[0].aliases.items()} if found else {}
 
 
-def _registered(version: ModelVersion, aliases: Mapping[str, str]) -> Registered:
+def _registered(version: ModelVersion, aliases: Iterable[str]) -> Registered:
     tags, number = dict(version.tags), str(version.version)
     fingerprint = tags[f"{TAG}fingerprint"]
     ref = ArtifactRef(
@@ -238,5 +242,5 @@ def _registered(version: ModelVersion, aliases: Mapping[str, str]) -> Registered
             if key.startswith(METRIC_TAG)
         },
         tags={k: v for k, v in tags.items() if not k.startswith((METRIC_TAG, TAG))},
-        aliases=tuple(sorted(a for a, v in aliases.items() if v == number)),
+        aliases=tuple(sorted(aliases)),
     )

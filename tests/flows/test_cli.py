@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import cli, cli_ablate, console
+from flows import ablate, ablate_retriever, cli, cli_ablate, console, index, monitor, pipeline
+from models.errors import StoreError
 from models.evaluation.gate import Decision, GateConfig, Outcome
 from models.store import Store
-from tasks import release
+from tasks import release, temporary
 from tasks.gate import Verdict
 from tasks.release import Action, Moved, promote, release_of
 from tests.flows.conftest import SMALLER, Chain, at_home
@@ -60,6 +64,7 @@ def relearn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     for name in ("RELEARN_HOME", "RELEARN_DATA_DIR"):
         monkeypatch.setenv(name, "unused")  # restored afterwards, whatever a command sets
     monkeypatch.delenv("RELEARN_DATA_DIR")
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # this process goes on
 
     def call(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["relearn", *map(str, arguments)])
@@ -253,7 +258,6 @@ def test_lineage_goes_down_to_the_source(relearn: Relearn, chain: Chain) -> None
 def test_monitor_shows_every_value_and_ends_with_1_on_a_breach(
     relearn: Relearn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import monitor
     from models.evaluation.monitor import MonitorConfig, Report
 
     asked = []
@@ -276,6 +280,42 @@ def test_monitor_shows_every_value_and_ends_with_1_on_a_breach(
     assert asked[-1].config.monitor.query_mmd.limit == 0.02
     relearn("monitor", *tail, "--set", "monitor.query_mdm.limit=1").check_refused("query_mmd")
     relearn("monitor", "--recipe", "huge", "--home", tmp_path).check_refused("smoke")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "flow"),
+    [
+        ("run --recipe smoke", pipeline, "run_pipeline"),
+        ("ablate judge --recipe smoke", ablate, "ablate_judge"),
+        ("ablate retriever --recipe smoke", ablate_retriever, "ablate_retriever"),
+        ("monitor --recipe smoke", monitor, "monitor"),
+        ("refresh --data .", index, "refresh_published"),
+    ],
+)
+def test_a_flow_runs_on_a_server_that_ends_with_its_command(
+    relearn: Relearn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    module: ModuleType,
+    flow: str,
+) -> None:
+    answers: list[bool] = []
+
+    class Server:
+        @contextlib.contextmanager
+        def ready(self, meanwhile: object) -> Iterator[None]:
+            answers.append(True)
+            yield
+            answers.append(False)
+
+    def runs(*_: object) -> None:
+        raise StoreError(f"answers: {answers}")
+
+    monkeypatch.setattr(temporary, "start", lambda _: Server())
+    monkeypatch.setattr(module, flow, runs)
+    done = relearn(*arguments.split(), "--home", tmp_path)
+    done.check_refused("answers: [True]")
 
 
 def test_evaluate_measures_the_champion(relearn: Relearn, chain: Chain, tables: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sqlite3
@@ -107,6 +108,9 @@ def test_a_flow_is_recorded_and_the_server_ends_with_the_command(tmp_path: Path)
         for table in ("flow_run", "task_run"):
             rows = database.execute(f"SELECT state_type FROM {table}").fetchall()
             assert rows == [("COMPLETED",)], table
+        # left to `relearn up`, which must not find a memo that says it is done
+        assert database.execute("SELECT count(*) FROM block_type").fetchall() == [(0,)]
+    assert not (tmp_path / "prefect" / "memo_store.toml").exists()
 
 
 def test_the_server_of_a_killed_command_ends_by_itself(tmp_path: Path) -> None:
@@ -208,6 +212,20 @@ def test_prefect_finds_a_server_by_itself_where_one_may_be_named(
             assert left_alone(), name
     monkeypatch.setitem(sys.modules, "prefect", os)
     assert left_alone()
+
+
+def test_what_libraries_made_while_loading_is_never_looked_through_again() -> None:
+    frozen, was_on = gc.get_freeze_count(), gc.isenabled()
+    gc.enable()
+    try:
+        with pytest.raises(ImportError), temporary.uncollected():
+            assert not gc.isenabled()
+            kept = [[] for _ in range(1000)]
+            raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count() >= frozen + len(kept)
+    finally:
+        gc.unfreeze()
+        (gc.enable if was_on else gc.disable)()
 
 
 def test_loading_knows_what_its_steps_took(monkeypatch: pytest.MonkeyPatch) -> None:
