@@ -20,13 +20,25 @@ from models.rules.words import WordWeights, closeness
 from models.text import product_text, terms
 from models.types import Product, Query
 
-_EXCLUDED = re.compile(r"\b(?:not|no|without|except|non)[ -]+(?:in |made of |from )?([\w]+)", re.I)
+_EXCLUDED = re.compile(
+    r"\b(?:not|no|without|except|non|any(?:thing| \w+)? but)[ -]+(?:in |made of |from )?(\w+)",
+    re.I,
+)
+_ANY = re.compile(r"\bany (?:brand|colou?r|finish|material|shade|size) but\b", re.I)
+"""Names what may be anything, so none of its words is asked for."""
+_ALTERNATIVE = re.compile(
+    r"\b(?:alternatives?|dupes?|substitutes?|instead of|(?:affordable|budget|cheaper) version of"
+    r"|like\b.+\bbut)\b",
+    re.I,
+)
+"""The brand that is named is the one not wanted."""
 _FREE = re.compile(r"\b([\w]+)-free\b", re.I)
 _LIMIT = re.compile(r"\b(?:under|below|less than|max|up to)\s*[$]?\s*(\d+(?:\.\d+)?)", re.I)
 _WORDS = re.compile(r"\d+(?:[.,]\d+)?|[^\W\d_]+")
 _MARKERS = frozenset(
-    "not no without except non free under below less than max up cheaper cheap affordable "
-    "alternative budget like but dollars dollar usd".split()
+    "not no without except non free under below less than max up cheaper cheap affordable budget "
+    "alternative alternatives dupe dupes substitute substitutes instead like but any anything "
+    "dollars dollar usd".split()
 )
 FOUND = 0.6
 """A word counts as found above this closeness to a word of the item: misspelt, or joined."""
@@ -78,7 +90,9 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """found, missing: words of the query as written; excluded: (word, present in the item)."""
+    """found, missing: words of the query as written; excluded: (words, present in the item), where
+    the item's own brand counts that the query wants an alternative to.
+    """
 
     found: tuple[str, ...]
     missing: tuple[str, ...]
@@ -117,6 +131,7 @@ class _Wishes:
     words: tuple[tuple[str, str], ...]
     excluded: tuple[tuple[str, str], ...]
     limit: float | None
+    alternative: bool
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -124,13 +139,14 @@ def _wishes(text: str) -> _Wishes:
     excluded = {m.lower() for m in _EXCLUDED.findall(text) + _FREE.findall(text)}
     limit = _LIMIT.search(text)
     words: dict[str, str] = {}
-    for word in _WORDS.findall(text.lower()):
+    for word in _WORDS.findall(_ANY.sub(" ", text.lower())):
         stems = terms(word)
         number = limit is not None and word == limit.group(1)
         if stems and not number and word not in _MARKERS and word not in excluded:
             words.setdefault(stems[0], word)
     out = tuple((w, terms(w)[0]) for w in sorted(excluded) if terms(w))
-    return _Wishes(tuple((w, s) for s, w in words.items()), out, _number(limit))
+    asked = tuple((w, s) for s, w in words.items())
+    return _Wishes(asked, out, _number(limit), _ALTERNATIVE.search(text) is not None)
 
 
 def _number(match: re.Match[str] | None) -> float | None:
@@ -163,24 +179,35 @@ def gather(
     if wishes.limit is not None and product.price is not None:
         price_ok = product.price <= wishes.limit
     kind = None if kinds is None else kinds.compare(query, product)
-    near = [max((closeness(stem, term) for term in have), default=0.0) for _, stem in wishes.words]
+    avoided = _avoided_brand(wishes, product)
+    wanted = [(word, stem) for word, stem in wishes.words if stem not in avoided]
+    near = [max((closeness(stem, term) for term in have), default=0.0) for _, stem in wanted]
     asked = [
         (word, stem, close)
-        for (word, stem), close in zip(wishes.words, near, strict=True)
+        for (word, stem), close in zip(wanted, near, strict=True)
         if close > FOUND or kinds is None or kind is None or not kinds.names_kind(query, stem)
     ]
     overlap = None
     if weights is not None and asked:
         overlap = _overlap([s for _, s, _ in asked], [c for _, _, c in asked], have, weights)
+    excluded = [(word, stem in have) for word, stem in wishes.excluded]
+    if avoided:
+        excluded.append((product.brand.lower(), True))
     return Evidence(
         found=tuple(word for word, _, close in asked if close > FOUND),
         missing=tuple(word for word, _, close in asked if close <= FOUND),
-        excluded=tuple((w, stem in have) for w, stem in wishes.excluded),
+        excluded=tuple(excluded),
         price_limit=wishes.limit,
         price_ok=price_ok,
         kind=kind,
         overlap=overlap,
     )
+
+
+def _avoided_brand(wishes: _Wishes, product: Product) -> frozenset[str]:
+    """Terms of the item's brand where the query names it and wants an alternative to it."""
+    brand = frozenset(terms(product.brand)) if wishes.alternative and product.brand else frozenset()
+    return brand if brand <= {stem for _, stem in wishes.words} else frozenset()
 
 
 def _overlap(

@@ -86,10 +86,38 @@ def test_evidence_of_a_negation_is_not_a_missing_word() -> None:
         "sofa without leather",
         "leather-free sofa",
         "sofa no leather",
+        "sofa any material but leather",
+        "sofa, anything but leather",
     ):
         evidence = gather(Query("q", text), sofa)
         assert evidence.excluded == (("leather", True),), text
-        assert "leather" not in evidence.missing + evidence.found, text
+        assert evidence.found == ("sofa",) and evidence.missing == (), text
+    assert gather(Query("q", "any sofa but leather"), sofa).found == ("sofa",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cheaper alternative to acme home sofa",
+        "acme home sofa alternative below $200",
+        "sofa like acme home but under $200",
+        "instead of acme home sofa max $200",
+        "affordable version of acme home sofa",
+        "acme home sofa dupe on a budget",
+    ],
+)
+def test_the_brand_that_an_alternative_is_wanted_to_is_not_found_but_excluded(text: str) -> None:
+    own = gather(Query("q", text), Product("p", "Acme Home sofa", brand="Acme Home"))
+    assert own.excluded == (("acme home", True),) and "sofa" in own.found
+    assert not {"acme", "home"} & {*own.found, *own.missing}
+    other = gather(Query("q", text), Product("p", "Sofa", brand="Bemo"))
+    assert other.excluded == () and {"acme", "home"} <= set(other.missing)
+
+
+def test_a_wanted_brand_is_found() -> None:
+    for text in ("acme sofa", "sofa version acme", "dog like acme"):
+        evidence = gather(Query("q", text), Product("p", "Acme sofa", brand="Acme"))
+        assert "acme" in evidence.found and evidence.excluded == (), text
 
 
 @pytest.mark.parametrize(
