@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,13 @@ class JudgeSpec:
 
     @classmethod
     def fit(
-        cls, prompt: PromptConfig, pairs: Sequence[Pair], products: Iterable[Product]
+        cls, prompt: PromptConfig, pairs: Sequence[Pair], products: Collection[Product]
     ) -> JudgeSpec:
         """The spec of a new judge: kinds and estimate from the pairs, word weights."""
         rules = load_rules(prompt.rules)
         if not prompt.evidence:
             return cls(prompt, rules=rules)
-        kinds, weights = KindLexicon.fit(pairs), WordWeights.fit(products)
+        kinds, weights = KindLexicon.fit(pairs, products), WordWeights.fit(products)
         estimate = GradeEstimate.fit(pairs, lambda p: gather(p.query, p.product, kinds, weights))
         return cls(prompt, kinds, None, rules, weights, estimate)
 

@@ -56,6 +56,8 @@ def features(evidence: Evidence) -> list[float]:
         evidence.price_ok is True,
         evidence.price_ok is False,
         *(evidence.kind == k for k in ("same", "sibling", "other")),
+        *(evidence.belief or (0.0, 0.0)),
+        evidence.belief is None,
     ]
     return [*map(float, values), *overlap]
 

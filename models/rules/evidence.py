@@ -9,37 +9,17 @@ Small judges need it: without these lines a 135M model learned nothing on real p
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from models.rules.kinds import Kind, KindLexicon
+from models.rules.wishes import Wishes, wishes_of
 from models.rules.words import WordWeights, closeness
 from models.text import product_text, terms
 from models.types import Product, Query
 
-_EXCLUDED = re.compile(
-    r"\b(?:not|no|without|except|non|any(?:thing| \w+)? but)[ -]+(?:in |made of |from )?(\w+)",
-    re.I,
-)
-_ANY = re.compile(r"\bany (?:brand|colou?r|finish|material|shade|size) but\b", re.I)
-"""Names what may be anything, so none of its words is asked for."""
-_ALTERNATIVE = re.compile(
-    r"\b(?:alternatives?|dupes?|substitutes?|instead of|(?:affordable|budget|cheaper) version of"
-    r"|like\b.+\bbut)\b",
-    re.I,
-)
-"""The brand that is named is the one not wanted."""
-_FREE = re.compile(r"\b([\w]+)-free\b", re.I)
-_LIMIT = re.compile(r"\b(?:under|below|less than|max|up to)\s*[$]?\s*(\d+(?:\.\d+)?)", re.I)
-_WORDS = re.compile(r"\d+(?:[.,]\d+)?|[^\W\d_]+")
-_MARKERS = frozenset(
-    "not no without except non free under below less than max up cheaper cheap affordable budget "
-    "alternative alternatives dupe dupes substitute substitutes instead like but any anything "
-    "dollars dollar usd".split()
-)
 FOUND = 0.6
 """A word counts as found above this closeness to a word of the item: misspelt, or joined."""
 NUM_FEATURES = 11
@@ -91,7 +71,8 @@ class Overlap:
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """found, missing: words of the query as written; excluded: (words, present in the item), where
-    the item's own brand counts that the query wants an alternative to.
+    the item's own brand counts that the query wants an alternative to. belief: that the item's
+    category is the one asked for, and that its parent is, in [0, 1].
     """
 
     found: tuple[str, ...]
@@ -100,6 +81,7 @@ class Evidence:
     price_limit: float | None
     price_ok: bool | None
     kind: Kind | None = None
+    belief: tuple[float, float] | None = None
     overlap: Overlap | None = None
 
     def lines(self) -> str:
@@ -126,33 +108,6 @@ class Evidence:
         return f"{met} met, {failed} failed, kind {self.kind or 'unknown'}{words}\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _Wishes:
-    words: tuple[tuple[str, str], ...]
-    excluded: tuple[tuple[str, str], ...]
-    limit: float | None
-    alternative: bool
-
-
-@functools.lru_cache(maxsize=20_000)
-def _wishes(text: str) -> _Wishes:
-    excluded = {m.lower() for m in _EXCLUDED.findall(text) + _FREE.findall(text)}
-    limit = _LIMIT.search(text)
-    words: dict[str, str] = {}
-    for word in _WORDS.findall(_ANY.sub(" ", text.lower())):
-        stems = terms(word)
-        number = limit is not None and word == limit.group(1)
-        if stems and not number and word not in _MARKERS and word not in excluded:
-            words.setdefault(stems[0], word)
-    out = tuple((w, terms(w)[0]) for w in sorted(excluded) if terms(w))
-    asked = tuple((w, s) for s, w in words.items())
-    return _Wishes(asked, out, _number(limit), _ALTERNATIVE.search(text) is not None)
-
-
-def _number(match: re.Match[str] | None) -> float | None:
-    return float(match.group(1)) if match else None
-
-
 @functools.lru_cache(maxsize=200_000)
 def _item_terms(text: str) -> tuple[str, ...]:
     return terms(text)
@@ -173,7 +128,7 @@ def gather(
     >>> e.found, e.missing, e.excluded, e.price_ok
     ((), ('bleu', 'couch'), (('leather', True),), False)
     """
-    wishes = _wishes(query.text)
+    wishes = wishes_of(query.text)
     have = _item_terms(product_text(product))
     price_ok = None
     if wishes.limit is not None and product.price is not None:
@@ -200,11 +155,12 @@ def gather(
         price_limit=wishes.limit,
         price_ok=price_ok,
         kind=kind,
+        belief=None if kinds is None else kinds.belief(query, product),
         overlap=overlap,
     )
 
 
-def _avoided_brand(wishes: _Wishes, product: Product) -> frozenset[str]:
+def _avoided_brand(wishes: Wishes, product: Product) -> frozenset[str]:
     """Terms of the item's brand where the query names it and wants an alternative to it."""
     brand = frozenset(terms(product.brand)) if wishes.alternative and product.brand else frozenset()
     return brand if brand <= {stem for _, stem in wishes.words} else frozenset()

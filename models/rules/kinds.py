@@ -1,9 +1,10 @@
 """Which kind of product a query asks for, learned from the training queries' relevant products.
 
-Consumes labelled pairs -> produces a lexicon from query terms to category paths, and for a pair
-the evidence `same`, `sibling` or `other`. It bridges synonyms ("couch" -> Sofas) that word overlap
-cannot see and that a small judge has too few labels to learn. Stores without categories get no
-such line.
+Consumes labelled pairs and the catalogue -> produces a lexicon from what queries ask for to
+category paths, and for a pair the evidence `same`, `sibling` or `other`. It bridges synonyms
+("couch" -> Sofas) that word overlap cannot see and that a small judge has too few labels to learn;
+words that no training query has used are known from the titles of a category's products. Stores
+without categories get no such line.
 
 A training query's own labels are left out when its own pairs are read (leave one query out), so
 that the evidence is as good in training as it will be on new queries, no better.
@@ -12,11 +13,12 @@ that the evidence is as good in training as it will be on new queries, no better
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from models.rules.wishes import wishes_of
 from models.text import terms
 from models.types import RELEVANT_GRADE, Pair, Product, Query
 
@@ -25,6 +27,10 @@ KIND_WORD_SHARE = 0.5
 Kind = Literal["same", "sibling", "other"]
 SMOOTHING = 0.5
 """Pseudo-queries that every term has seen, spread like the categories overall."""
+TITLES = 6.0
+"""Pseudo-queries that the titles with a term count for (infra/LOG.md)."""
+TITLE_CATEGORIES = 8
+"""Categories kept for a term of titles: those it is most typical of."""
 MIN_POSTERIOR = 0.4
 """Below it the lexicon does not say what is asked for."""
 
@@ -34,14 +40,16 @@ class KindLexicon:
     """Naive Bayes from a query's terms to the category of its relevant products.
 
     by_query: {query_id: {category: share of its relevant products}} of the training queries.
-    terms_of: {query_id: the query's terms}.
+    terms_of: {query_id: terms of what the query asks for}.
+    titles: {term: {category: how typical the term is of it among categories, in (0, 1]}}.
     """
 
     by_query: Mapping[str, Mapping[str, float]]
     terms_of: Mapping[str, Sequence[str]]
+    titles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     _counts: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     _prior: dict[str, float] = field(default_factory=dict, repr=False)
-    _asked: dict[tuple[str, str], str | None] = field(default_factory=dict, repr=False)
+    _beliefs: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -55,30 +63,50 @@ class KindLexicon:
         self._prior.update(prior)
 
     @classmethod
-    def fit(cls, pairs: Sequence[Pair]) -> KindLexicon:
-        """Learn from labelled training pairs; products without a category teach nothing."""
+    def fit(cls, pairs: Sequence[Pair], products: Iterable[Product] = ()) -> KindLexicon:
+        """Learn from labelled training pairs and the catalogue's titles; products without a
+        category teach nothing.
+        """
         found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         terms_of: dict[str, tuple[str, ...]] = {}
         for pair in pairs:
             if pair.grade >= RELEVANT_GRADE and pair.product.category:
                 found[pair.query.query_id][pair.product.category] += 1
-                terms_of[pair.query.query_id] = terms(pair.query.text)
+                terms_of[pair.query.query_id] = _asked_terms(pair.query)
         shares = {
             q: {c: n / sum(counts.values()) for c, n in counts.items()}
             for q, counts in found.items()
         }
-        return cls(shares, terms_of)
+        known = {category for counts in found.values() for category in counts}
+        return cls(shares, terms_of, _typical(products, known))
 
     def asked(self, query: Query) -> str | None:
-        """The category path the query asks for, None where the lexicon is not sure.
+        """The category path the query asks for, None where the lexicon is not sure."""
+        belief = self._belief(query)
+        best = max(belief, key=lambda c: belief[c], default=None)
+        return best if best is not None and belief[best] >= MIN_POSTERIOR else None
 
-        posterior(c) ~ prior(c) * prod_t (n(t, c) + a prior(c)) / ((n(t) + a) prior(c)); terms never
-        seen say nothing.
+    def belief(self, query: Query, product: Product) -> tuple[float, float] | None:
+        """Posterior that the item's category is asked for, and that one with its parent is; None
+        where either side is unknown.
+        """
+        belief = self._belief(query)
+        if not belief or not product.category:
+            return None
+        parent = _parent(product.category)
+        beside = sum(p for c, p in belief.items() if _parent(c) == parent)
+        return belief.get(product.category, 0.0), beside
+
+    def _belief(self, query: Query) -> dict[str, float]:
+        """Posterior of every category that has a hundredth of it; empty where no term is known.
+
+        posterior(c) ~ prior(c) * prod_t (n(t, c) + a prior(c)) / ((n(t) + a) prior(c)), over the
+        terms of what is asked for; n(t, c) with TITLES for titles; terms never seen say nothing.
         """
         key = (query.query_id, query.text)
-        if key not in self._asked:
-            self._asked[key] = self._infer(query)
-        return self._asked[key]
+        if key not in self._beliefs:
+            self._beliefs[key] = self._infer(query)
+        return self._beliefs[key]
 
     def compare(self, query: Query, product: Product) -> Kind | None:
         """same category, sibling (same parent) or other; None where either side is unknown."""
@@ -107,42 +135,67 @@ class KindLexicon:
         left = {c: n - own.get(c, 0.0) for c, n in seen.items()}
         return {c: n for c, n in left.items() if n > 1e-9}
 
-    def _infer(self, query: Query) -> str | None:
+    def _infer(self, query: Query) -> dict[str, float]:
         own = self.by_query.get(query.query_id, {})
         prior = {c: p - own.get(c, 0.0) for c, p in self._prior.items()}
         total = sum(prior.values())
         if total <= 1e-9:
-            return None
+            return {}
         prior = {c: p / total for c, p in prior.items() if p > 1e-9}
         scores = {c: math.log(p) for c, p in prior.items()}
         informative = False
-        for term in terms(query.text):
-            counts = self._others(query, term)
+        for term in _asked_terms(query):
+            counts = Counter(self._others(query, term))
+            counts.update({c: TITLES * share for c, share in self.titles.get(term, {}).items()})
             size = sum(counts.values())
             if size <= 1e-9:
                 continue
             informative = True
             for c in scores:
-                smooth = counts.get(c, 0.0) + SMOOTHING * prior[c]
+                smooth = counts[c] + SMOOTHING * prior[c]
                 scores[c] += math.log(smooth / (size + SMOOTHING) / prior[c])
         if not informative:
-            return None
+            return {}
         top = max(scores.values())
-        norm = sum(math.exp(s - top) for s in scores.values())
-        best = max(scores, key=lambda c: scores[c])
-        return best if 1.0 / norm >= MIN_POSTERIOR else None
+        odds = {c: math.exp(score - top) for c, score in scores.items()}
+        whole = sum(odds.values())
+        return {c: o / whole for c, o in odds.items() if o >= 0.01 * whole}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads."""
         return {
             "by_query": {q: dict(c) for q, c in self.by_query.items()},
             "terms_of": {q: list(t) for q, t in self.terms_of.items()},
+            "titles": {t: dict(c) for t, c in self.titles.items()},
         }
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> KindLexicon:
         """Inverse of `to_json`."""
-        return cls(body["by_query"], body["terms_of"])
+        return cls(body["by_query"], body["terms_of"], body["titles"])
+
+
+def _asked_terms(query: Query) -> tuple[str, ...]:
+    return tuple(stem for _, stem in wishes_of(query.text).words)
+
+
+def _typical(
+    products: Iterable[Product], categories: Container[str]
+) -> dict[str, dict[str, float]]:
+    """{term: {category: share of the category's products with the term, over that of all}}."""
+    size: Counter[str] = Counter()
+    having: dict[str, Counter[str]] = defaultdict(Counter)
+    for product in products:
+        if product.category in categories:
+            size[product.category] += 1
+            for term in terms(product.title):
+                having[term][product.category] += 1
+    typical = {}
+    for term, counts in having.items():
+        shares = Counter({c: n / size[c] for c, n in counts.items()})
+        whole = sum(shares.values())
+        typical[term] = {c: s / whole for c, s in shares.most_common(TITLE_CATEGORIES)}
+    return typical
 
 
 def _parent(category: str) -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import pytest
+
+from models.rules.estimate import features
 from models.rules.evidence import gather
 from models.rules.kinds import KindLexicon
+from models.text import terms
 from models.types import Pair, Product, Query
 
 SOFA = "Home > Seating > Sofas"
@@ -19,12 +24,21 @@ def pair(query_id: str, text: str, category: str, grade: int = 4) -> Pair:
     )
 
 
+TITLES = [
+    Product("1", "Velvet settee", category=SOFA),
+    Product("2", "Oak settee", category=SOFA),
+    Product("3", "Oak lantern", category=LAMP),
+    Product("4", "Settee cover", category="Home > Covers"),
+    Product("5", "Settee"),
+]
+
+
 def lexicon() -> KindLexicon:
     pairs = [pair(f"s{i}", f"couch {word}", SOFA) for i, word in enumerate(["red", "blue", "oak"])]
     pairs += [pair(f"l{i}", f"lamp {word}", LAMP) for i, word in enumerate(["red", "blue", "oak"])]
     pairs += [pair("c0", "chair red", CHAIR), pair("c1", "chair oak", CHAIR)]
     pairs += [pair("s0", "couch red", LAMP, grade=1)]
-    return KindLexicon.fit(pairs)
+    return KindLexicon.fit(pairs, TITLES)
 
 
 def test_a_synonym_is_compared_through_the_lexicon() -> None:
@@ -39,6 +53,48 @@ def test_unknown_words_and_products_without_category_say_nothing() -> None:
     assert kinds.asked(Query("new", "zzz")) is None
     assert kinds.compare(Query("new", "couch"), Product("p", "x")) is None
     assert KindLexicon.fit([]).asked(Query("q", "couch")) is None
+
+
+def test_titles_know_words_that_no_training_query_used() -> None:
+    kinds = lexicon()
+    assert kinds.asked(Query("new", "settee")) == SOFA
+    assert kinds.asked(Query("new", "lantern")) == LAMP
+    # of the kinds that queries ask for: one of two sofas and the only lamp are of oak
+    assert kinds.titles["oak"] == {LAMP: 2 / 3, SOFA: 1 / 3}
+    assert kinds.titles[terms("settee")[0]] == {SOFA: 1.0}
+    without = KindLexicon(kinds.by_query, kinds.terms_of)
+    assert without.asked(Query("new", "settee")) is None
+    assert without.asked(Query("new", "couch")) == SOFA
+
+
+def test_what_must_not_be_there_says_nothing_of_the_kind() -> None:
+    kinds = lexicon()
+    for text in ("lamp without couch", "lamp any colour but couch", "lamp under $60, not couch"):
+        assert kinds.asked(Query("new", text)) == LAMP, text
+        assert kinds.belief(Query("new", text), TITLES[2]) == kinds.belief(
+            Query("new", "lamp"), TITLES[2]
+        ), text
+
+
+def test_belief_is_shared_out_over_categories_and_their_parents() -> None:
+    kinds, query = lexicon(), Query("new", "chair")
+    sofa, chair, lamp = (
+        kinds.belief(query, Product("p", "x", category=c)) for c in (SOFA, CHAIR, LAMP)
+    )
+    assert sofa and chair and lamp
+    assert chair[0] > 0.8 > 0.2 > sofa[0] == lamp[0] > 0
+    assert sofa[0] + chair[0] + lamp[0] == pytest.approx(1)
+    assert chair[1] == sofa[1] == pytest.approx(sofa[0] + chair[0]) and lamp[1] == lamp[0]
+    assert kinds.belief(query, Product("p", "x")) is None
+    assert kinds.belief(Query("new", "zzz"), Product("p", "x", category=SOFA)) is None
+    assert kinds.belief(query, Product("p", "x", category="Toys > Bricks")) == (0, 0)
+    evidence = gather(query, Product("p", "x", category=CHAIR), kinds)
+    assert evidence.belief == chair
+    unknown = features(replace(evidence, belief=None))
+    assert [a - b for a, b in zip(features(evidence), unknown, strict=True) if a != b] == [
+        *chair,
+        -1,
+    ]
 
 
 def test_irrelevant_products_teach_nothing() -> None:
@@ -65,7 +121,8 @@ def test_words_that_name_the_kind_are_not_missing() -> None:
 def test_round_trip_through_json() -> None:
     kinds = lexicon()
     again = KindLexicon.from_json(json.loads(json.dumps(kinds.to_json())))
-    for text in ("green couch", "lamp", "zzz"):
+    assert again.titles == kinds.titles
+    for text in ("green couch", "lamp", "settee", "zzz"):
         assert again.asked(Query("new", text)) == kinds.asked(Query("new", text))
 
 

@@ -1,0 +1,69 @@
+"""What a query asks for: words, words that must not be there, a price limit.
+
+Consumes a query's text -> produces its wishes, read by fixed English patterns. What says how a wish
+is meant ("without", "under $60", "cheaper alternative to") is not itself a wish.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from models.text import terms
+
+_EXCLUDED = re.compile(
+    r"\b(?:not|no|without|except|non|any(?:thing| \w+)? but)[ -]+(?:in |made of |from )?(\w+)",
+    re.I,
+)
+_ANY = re.compile(r"\bany (?:brand|colou?r|finish|material|shade|size) but\b", re.I)
+"""Names what may be anything, so none of its words is asked for."""
+_ALTERNATIVE = re.compile(
+    r"\b(?:alternatives?|dupes?|substitutes?|instead of|(?:affordable|budget|cheaper) version of"
+    r"|like\b.+\bbut)\b",
+    re.I,
+)
+"""The brand that is named is the one not wanted."""
+_FREE = re.compile(r"\b([\w]+)-free\b", re.I)
+_LIMIT = re.compile(r"\b(?:under|below|less than|max|up to)\s*[$]?\s*(\d+(?:\.\d+)?)", re.I)
+_WORDS = re.compile(r"\d+(?:[.,]\d+)?|[^\W\d_]+")
+_MARKERS = frozenset(
+    "not no without except non free under below less than max up cheaper cheap affordable budget "
+    "alternative alternatives dupe dupes substitute substitutes instead like but any anything "
+    "dollars dollar usd".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """words, excluded: (as written, its term); limit: highest price; alternative: to the brand."""
+
+    words: tuple[tuple[str, str], ...]
+    excluded: tuple[tuple[str, str], ...]
+    limit: float | None
+    alternative: bool
+
+
+@functools.lru_cache(maxsize=20_000)
+def wishes_of(text: str) -> Wishes:
+    """The wishes of a query's text.
+
+    >>> wishes_of("red sofas without leather under $60")
+    Wishes(words=(('red', 'red'), ('sofas', 'sofa')), excluded=(('leather', 'leather'),), \
+limit=60.0, alternative=False)
+    """
+    excluded = {m.lower() for m in _EXCLUDED.findall(text) + _FREE.findall(text)}
+    limit = _LIMIT.search(text)
+    words: dict[str, str] = {}
+    for word in _WORDS.findall(_ANY.sub(" ", text.lower())):
+        stems = terms(word)
+        number = limit is not None and word == limit.group(1)
+        if stems and not number and word not in _MARKERS and word not in excluded:
+            words.setdefault(stems[0], word)
+    out = tuple((w, terms(w)[0]) for w in sorted(excluded) if terms(w))
+    asked = tuple((w, s) for s, w in words.items())
+    return Wishes(asked, out, _number(limit), _ALTERNATIVE.search(text) is not None)
+
+
+def _number(match: re.Match[str] | None) -> float | None:
+    return float(match.group(1)) if match else None
