@@ -31,6 +31,8 @@ TITLES = 6.0
 """Pseudo-queries that the titles with a term count for (infra/LOG.md)."""
 TITLE_CATEGORIES = 8
 """Categories kept for a term of titles: those it is most typical of."""
+REMEMBERED = 20_000
+"""Queries whose posterior is kept, as a served judge reads new ones for ever."""
 MIN_POSTERIOR = 0.4
 """Below it the lexicon does not say what is asked for."""
 
@@ -105,6 +107,8 @@ class KindLexicon:
         """
         key = (query.query_id, query.text)
         if key not in self._beliefs:
+            if len(self._beliefs) >= REMEMBERED:
+                self._beliefs.clear()
             self._beliefs[key] = self._infer(query)
         return self._beliefs[key]
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from models.text import terms
 
 _EXCLUDED = re.compile(
-    r"\b(?:not|no|without|except|non|any(?:thing| \w+)? but)[ -]+(?:in |made of |from )?(\w+)",
+    r"\b(?:not|no|without|except|non|any(?:thing| \w+)? but(?! +(?:not|no|without|under|below)\b))"
+    r"[ -]+(?:in |made of |from )?(\w+)",
     re.I,
 )
 _ANY = re.compile(r"\bany (?:brand|colou?r|finish|material|shade|size) but\b", re.I)

@@ -130,3 +130,10 @@ def test_an_unsure_lexicon_is_silent() -> None:
     kinds = KindLexicon.fit([pair(c, f"red {c}", f"Home > {c}") for c in "wxyz"])
     assert kinds.asked(Query("new", "w")) == "Home > w"
     assert kinds.asked(Query("new", "red")) is None
+
+
+def test_only_so_many_queries_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.rules.kinds.REMEMBERED", 2)
+    kinds = lexicon()
+    asked = [kinds.asked(Query(f"n{i}", text)) for i, text in enumerate(["couch", "lamp"] * 3)]
+    assert asked == [SOFA, LAMP] * 3 and len(kinds._beliefs) == 2

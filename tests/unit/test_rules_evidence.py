@@ -93,6 +93,8 @@ def test_evidence_of_a_negation_is_not_a_missing_word() -> None:
         assert evidence.excluded == (("leather", True),), text
         assert evidence.found == ("sofa",) and evidence.missing == (), text
     assert gather(Query("q", "any sofa but leather"), sofa).found == ("sofa",)
+    assert gather(Query("q", "any sofa but not leather"), sofa).excluded == (("leather", True),)
+    assert gather(Query("q", "any sofa but under $60"), sofa).excluded == ()
 
 
 @pytest.mark.parametrize(
