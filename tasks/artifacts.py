@@ -49,6 +49,8 @@ a cached stage must cost milliseconds, and a cut-off write changes the size."""
 SHORT = 12
 """Hex digits of a fingerprint that people read."""
 IN_PLACE = ("s3",)
+DIED = "the process died"
+"""Why a run is given up whose process is gone."""
 HISTORY = 20
 """Runs of the same stage looked at to explain what changed."""
 
@@ -561,19 +563,19 @@ class ArtifactStore:
             self._give_up(run)
         return len(dead)
 
-    def _give_up(self, run: Run) -> None:
-        self.client.set_tag(run.info.run_id, f"{TAG}error", "the process died")
+    def _give_up(self, run: Run, why: str = DIED) -> None:
+        self.client.set_tag(run.info.run_id, f"{TAG}error", why)
         self.client.set_terminated(run.info.run_id, "KILLED")
 
-    def forget_unfinished(self, fingerprint: str, host: str) -> int:
+    def forget_unfinished(self, fingerprint: str, host: str, why: str = DIED) -> int:
         """Mark runs of a process that died on this machine KILLED; returns how many.
 
-        Call it holding the fingerprint's lock: then no living process can own them.
+        Call it holding the fingerprint's lock: then no other living process can own them.
         """
         condition = f"tags.`{TAG}fingerprint` = '{fingerprint}' and attributes.status = 'RUNNING'"
         stale = [r for r in self.search(condition) if r.data.tags.get(f"{TAG}host") == host]
         for run in stale:
-            self._give_up(run)
+            self._give_up(run, why)
         return len(stale)
 
 

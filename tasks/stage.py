@@ -561,7 +561,14 @@ class Stage:
         log.info("%s: %s%s", self.name, why, "; going on from its checkpoint" if going_on else "")
         if stale:
             log.info("%s: %d unfinished run(s) of a dead process marked KILLED", self.name, stale)
-        run_id = self._open_run(store, identity, bound, why)
+        try:
+            run_id = self._open_run(store, identity, bound, why)
+        except StoreError:
+            raise
+        except BaseException as error:
+            # SIGTERM, say, when the run was there but not yet its id
+            store.forget_unfinished(fingerprint, socket.gethostname(), type(error).__name__)
+            raise
         try:
             ref = self._fill(store, identity, bound, log, run_id)
         except StoreError:

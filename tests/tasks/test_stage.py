@@ -150,6 +150,24 @@ def test_record_in_mlflow(current: Settings) -> None:
     assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("error", [SystemExit(143), ValueError("boom")])
+def test_what_ends_a_stage_while_its_run_opens_leaves_no_run_behind(
+    current: Settings, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.stage._log_parents", interrupted)
+        with pytest.raises(type(error)):
+            source.make(config=Config())
+    runs = ArtifactStore(current).search("tags.`relearn.stage` = 'source'")
+    assert [(r.info.status, r.data.tags["relearn.error"]) for r in runs] == [
+        ("KILLED", type(error).__name__)
+    ]
+    assert calls == [] and source.make(config=Config()) and calls == ["source"]
+
+
 def test_failed_body_is_recorded_and_leaves_its_checkpoint(current: Settings) -> None:
     attempts: list[bool] = []
 
