@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli_ablate import ablate
-from flows.console import Home, StoreName, console, guarded, prepare, say
+from flows.console import Home, StoreName, console, guarded, prepare, say, start_server
 from models.errors import ConfigError, explain
 from tasks import temporary
 from tasks.faults import databases_ready, sqlite_file
@@ -84,10 +84,7 @@ def run(
     """
     began_s = context.obj or time.monotonic()
     prepare(home, data)
-    server = None
-    if not show_config:
-        databases_ready(settings())
-        server = temporary.start(settings())
+    server = None if show_config else start_server()
     from flows.recipes import recipe as make_recipe
 
     config = make_recipe(recipe, store, changes or [])
@@ -364,8 +361,7 @@ def refresh(
     served once its recall has passed; until then, and after a crash, the old one is.
     """
     prepare(home, data)
-    databases_ready(settings())
-    server = temporary.start(settings())
+    server = start_server()
     from flows.index import refresh_published
 
     with temporary.answering(server):
@@ -435,8 +431,7 @@ def monitor(
         relearn monitor --set monitor.cooldown_hours=72 --set monitor.query_mmd.reaction=none
     """
     prepare(home, data)
-    databases_ready(settings())
-    server = temporary.start(settings())
+    server = start_server()
     from flows.monitor import monitor as run_monitor
     from flows.recipes import recipe as make_recipe
     from flows.scheduled import Chain

@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from flows.console import Home, console, prepare
+from flows.console import Home, console, prepare, start_server
 from models.errors import ConfigError, explain
 from tasks import temporary
-from tasks.faults import databases_ready
 from tasks.settings import settings
 
 ablate = typer.Typer(
@@ -75,8 +74,7 @@ def ablate_judge(
     """
     numbers = _seeds(seeds)
     prepare(home, data)
-    databases_ready(settings())
-    server = None if list_rows else temporary.start(settings())
+    server = None if list_rows else start_server()
     from flows import ablate as ablation
     from flows.recipes import recipe as make_recipe
     from flows.tables import ablation_rows_table, ablation_table, stage_table
@@ -137,8 +135,7 @@ def ablate_retriever(
     """
     numbers = _seeds(seeds)
     prepare(home, data)
-    databases_ready(settings())
-    server = temporary.start(settings())
+    server = start_server()
     from flows import ablate_retriever as flow
     from flows.recipes import recipe as make_recipe
     from tasks.artifacts import ArtifactStore

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from models.errors import ConfigError, RelearnError, explain
-from tasks.faults import told
+from tasks import temporary
+from tasks.faults import databases_ready, told
 from tasks.settings import prepare_environment, settings
 
 console = Console(width=None if sys.stdout.isatty() else 150)
@@ -75,6 +76,16 @@ def prepare(home: Path | None, data: Path | None = None, **extra: str) -> None:
     current = settings()
     use_running_servers(current)
     prepare_environment(current)
+
+
+def start_server() -> temporary.TemporaryServer | None:
+    """`temporary.start`, once the databases can be written: before anything imports Prefect.
+
+    Raises:
+        StoreError: a damaged database, or one that stays locked.
+    """
+    databases_ready(settings())
+    return temporary.start(settings())
 
 
 def say(line: str) -> None:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 from models.text import terms
 
+NOT = "not|no|without|except|non"
+ANY_BUT = r"any(?:thing| \w+)? but"
+"""Patterns of what comes before a thing that is not wanted."""
 _EXCLUDED = re.compile(
-    r"\b(?:not|no|without|except|non|any(?:thing| \w+)? but(?! +(?:not|no|without|under|below)\b))"
+    rf"\b(?:{NOT}|{ANY_BUT}(?! +(?:not|no|without|under|below)\b))"
     r"[ -]+(?:in |made of |from )?(\w+)",
     re.I,
 )
