@@ -46,6 +46,7 @@ TITLES = {
     "bm25": "BM25",
     "base": "base",
     "sft": "SFT",
+    "sft_longer": "SFT, as many steps as SFT + R-GRPO",
     "rgrpo_no_sft": "R-GRPO without SFT",
     "ranking": "SFT + ranking loss on hard negatives",
     "dpo": "SFT + DPO on hard negatives",
@@ -55,7 +56,8 @@ TITLES = {
     "rgrpo_weak_judge": "SFT + R-GRPO, SFT-only judge",
     "rgrpo_no_anchor": "SFT + R-GRPO, no InfoNCE anchor",
 }
-"""Rows by the name `--rows` takes, in the order of the table. The first eight are the paper's."""
+"""Rows by the name `--rows` takes, in the order of the table. The first nine are the paper's, and
+longer SFT, which tells what R-GRPO's anchor would have added by itself."""
 BASELINE = "sft"
 UNSEEDED = ("bm25", "base")
 """Rows without anything random: measured once."""
@@ -88,6 +90,13 @@ def row_plan(name: str, config: EmbedderConfig, seed: int) -> RowPlan:
         return RowPlan(channel="random" if name == "random" else "bm25")
     config, seeded = config.with_sft_positives(), {"seed": seed}
     sft = config.sft.model_copy(update=seeded)
+    if name == "sft_longer":
+        longer = (
+            {"epochs": sft.epochs + 1}
+            if sft.steps is None
+            else {"steps": sft.steps + config.rgrpo.steps}
+        )
+        return RowPlan(sft=sft.model_copy(update=longer))
     if name in ("base", "sft"):
         return RowPlan(sft=sft if name == "sft" else None)
     if name in ("ranking", "dpo"):

@@ -32,6 +32,30 @@ def allowed_grades(verdicts: Verdicts) -> frozenset[int]:
     return frozenset({2, 3})
 
 
+def leading_to(grade: int, verdicts: Verdicts) -> Verdicts:
+    """`verdicts`, changed only as far as `grade` demands.
+
+    Grade 1 makes the category a mismatch and grade 2 a sibling's; 3 and 4 make it match, and where
+    attributes still forbid the grade, 4 has all of them hold and 3 keeps the first alone.
+
+    >>> str(leading_to(4, Verdicts(Category.RELATED, (("colour", False),))).category)
+    'match'
+    >>> leading_to(4, Verdicts(Category.MATCH, (("colour", False),))).attributes
+    (('colour', True),)
+    """
+    if not contradicts(grade, verdicts):
+        return verdicts
+    if grade <= 2:
+        category = Category.MISMATCH if grade == 1 else Category.RELATED
+        return Verdicts(category, verdicts.attributes)
+    matching = Verdicts(Category.MATCH, verdicts.attributes)
+    if not contradicts(grade, matching):
+        return matching
+    if grade == 3:
+        return Verdicts(Category.MATCH, verdicts.attributes[:1])
+    return Verdicts(Category.MATCH, tuple((name, True) for name, _ in verdicts.attributes))
+
+
 def contradicts(grade: int, verdicts: Verdicts) -> bool:
     """Whether `grade` breaks the table: the "discriminative hallucination" of [TaoSR1 s4.4]."""
     return grade not in allowed_grades(verdicts)

@@ -8,7 +8,7 @@ under the rule table (ours: the paper's teacher is DeepSeek-R1 given grade and r
 from __future__ import annotations
 
 from models.rules.evidence import Evidence, gather
-from models.rules.table import allowed_grades
+from models.rules.table import leading_to
 from models.teacher.response import Order, render_response
 from models.types import Category, Pair, Verdicts
 
@@ -30,14 +30,7 @@ def gold_verdicts(pair: Pair) -> Verdicts:
     if pair.grade == 1:
         return Verdicts(Category.MISMATCH)
     evidence = gather(pair.query, pair.product)
-    verdicts = Verdicts(Category.MATCH, _attributes(evidence))
-    if pair.grade in allowed_grades(verdicts):
-        return verdicts
-    if pair.grade == 2:
-        return Verdicts(Category.RELATED, verdicts.attributes)
-    if pair.grade == 4:
-        return Verdicts(Category.MATCH, tuple((n, True) for n, _ in verdicts.attributes))
-    return Verdicts(Category.MATCH, verdicts.attributes[:1])
+    return leading_to(pair.grade, Verdicts(Category.MATCH, _attributes(evidence)))
 
 
 def _attributes(evidence: Evidence) -> tuple[tuple[str, bool], ...]:

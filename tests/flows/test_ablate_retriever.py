@@ -50,6 +50,7 @@ def plan(name: str, seed: int = 0) -> RowPlan:
     ("name", "other", "differs"),
     [
         ("sft", "base", {"sft"}),
+        ("sft_longer", "sft", {"sft.steps"}),
         ("rgrpo", "sft", {"rgrpo", "rewards", "judge"}),
         ("rgrpo_no_sft", "rgrpo", {"sft", "rgrpo.sft_weight"}),
         ("rgrpo_no_anchor", "rgrpo", {"rgrpo.sft_weight"}),
@@ -76,6 +77,17 @@ def test_a_seed_changes_every_seed_and_nothing_else() -> None:
 def test_the_rows_of_the_recipe_are_those_of_an_ordinary_run() -> None:
     own = plan("rgrpo")
     assert (own.sft, own.rgrpo, own.rewards) == (EMBEDDER.sft, EMBEDDER.rgrpo, EMBEDDER.rewards)
+
+
+def test_longer_sft_trains_as_many_steps_as_sft_and_its_rival() -> None:
+    longer, rival = plan("sft_longer").sft, plan("rgrpo")
+    assert longer is not None and rival.sft is not None and rival.rgrpo is not None
+    assert longer.steps == (rival.sft.steps or 0) + rival.rgrpo.steps
+    whole = EMBEDDER.model_copy(
+        update={"sft": EMBEDDER.sft.model_copy(update={"steps": None, "epochs": 2})}
+    )
+    unbounded = row_plan("sft_longer", whole, 0).sft
+    assert unbounded is not None and (unbounded.steps, unbounded.epochs) == (None, 3)
 
 
 def test_later_stages_take_the_positives_of_sft() -> None:
@@ -170,12 +182,12 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
         "judge_cot_sft": 1,
         "judge_probe": 1,
         "judge": 1,
-        "embedder_sft": 2,
+        "embedder_sft": 2 * 2,
         "embedder_negatives": 2,
         "embedder_hard": 2 * 2,
         "embedder_rgrpo": rgrpo,
-        "index": 1 + 2 + 2 * 2 + rgrpo,
-        "retriever_row": 2 + 1 + 1 + 2 + 2 * 2 + rgrpo,
+        "index": 1 + 2 * 2 + 2 * 2 + rgrpo,
+        "retriever_row": 2 + 1 + 1 + 2 * 2 + 2 * 2 + rgrpo,
         "retriever_ablation": 1,
     }
 

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from models.rules.table import allowed_grades
+from models.rules.table import allowed_grades, leading_to
 from models.teacher.response import (
     Order,
     ParseOutcome,
     in_order,
     parse_response,
     render_response,
+    restated,
     thought,
     verdict_spans,
 )
@@ -36,6 +37,28 @@ def test_parse_inverts_render(
     text = render_response(query, item, given_verdicts, grade, order)  # type: ignore[arg-type]
     read = parse_response(text, order)  # type: ignore[arg-type]
     assert (read.outcome, read.grade, read.verdicts) == (ParseOutcome.OK, grade, given_verdicts)
+
+
+@given(given_verdicts=verdicts, grade=st.integers(1, 4))
+def test_verdicts_lead_to_a_grade_by_changing_little(given_verdicts: Verdicts, grade: int) -> None:
+    led = leading_to(grade, given_verdicts)
+    assert grade in allowed_grades(led)
+    assert (led == given_verdicts) == (grade in allowed_grades(given_verdicts))
+    names = [name for name, _ in given_verdicts.attributes]
+    assert [name for name, _ in led.attributes] == names[: len(led.attributes)]
+    if grade <= 2:
+        assert led.attributes == given_verdicts.attributes, "the category alone tells"
+
+
+@given(given_verdicts=verdicts, own=st.integers(1, 4), other=st.integers(1, 4), step=words)
+def test_a_response_is_restated_for_another_grade(
+    given_verdicts: Verdicts, own: int, other: int, step: str
+) -> None:
+    text = render_response(step, step, leading_to(own, given_verdicts), own, "respond_then_think")
+    read = parse_response(restated(text, other), "respond_then_think")
+    assert (read.outcome, read.grade) == (ParseOutcome.OK, other)
+    assert read.verdicts == leading_to(other, leading_to(own, given_verdicts))
+    assert restated(text, own) == text
 
 
 numbers = st.from_regex(r"[0-9]{1,6}([.,][0-9]{1,3}){0,2}", fullmatch=True)
