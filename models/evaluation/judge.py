@@ -14,18 +14,32 @@ from models.teacher.response import ParseOutcome, Response
 from models.types import GRADES, Verdicts
 
 
-def grade_metrics(gold_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
-    """macro-F1 = mean of the four class F1s, each F1, accuracy, quadratic kappa [TaoSR1 s4].
+def class_f1(gold_N: np.ndarray, predicted_N: np.ndarray) -> dict[int, float]:
+    """F1 by grade, of the grades in gold; their mean is macro-F1 [TaoSR1 s4].
 
     A grade absent from gold has no F1 and is left out of the mean, whether it is predicted or not:
-    judges of the same pairs are averaged over the same grades. Kappa of a constant prediction is 0.
+    judges of the same pairs are averaged over the same grades.
     """
-    from sklearn.metrics import cohen_kappa_score, f1_score
+    from sklearn.metrics import f1_score
 
     present = [g for g in GRADES if (gold_N == g).any()]
     f1 = f1_score(gold_N, predicted_N, labels=present, average=None, zero_division=0)
-    out = {"macro_f1": float(np.mean(f1)), "accuracy": float(np.mean(gold_N == predicted_N))}
-    out |= {f"f1_{g}": float(v) for g, v in zip(present, f1, strict=True)}
+    return {g: float(v) for g, v in zip(present, f1, strict=True)}
+
+
+def grade_metrics(gold_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
+    """Macro-F1, each `class_f1`, accuracy and quadratic kappa [TaoSR1 s4].
+
+    Kappa of a constant prediction is 0.
+    """
+    from sklearn.metrics import cohen_kappa_score
+
+    f1 = class_f1(gold_N, predicted_N)
+    out = {
+        "macro_f1": float(np.mean(list(f1.values()))),
+        "accuracy": float(np.mean(gold_N == predicted_N)),
+    }
+    out |= {f"f1_{g}": v for g, v in f1.items()}
     kappa = cohen_kappa_score(gold_N, predicted_N, weights="quadratic", labels=list(GRADES))
     out["kappa"] = 0.0 if np.isnan(kappa) else float(kappa)
     return out

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.evaluation.judge import class_f1
+
 
 class Tier(enum.StrEnum):
     """What the search page shows."""
@@ -86,7 +88,9 @@ def calibrate(probabilities_NL: np.ndarray, grades_N: np.ndarray) -> tuple[CumPT
     best: tuple[float, CumPT, float] | None = None
     for sharpness in SHARPNESSES:
         p_NL = sharpened(probabilities_NL, sharpness)
-        raw = np.array([_macro_f1(grades_N, cumpt_grades(p_NL, b)) for b in BETAS])
+        raw = np.array(
+            [np.mean([*class_f1(grades_N, cumpt_grades(p_NL, b)).values()]) for b in BETAS]
+        )
         padded = np.pad(raw, WINDOW // 2, mode="reflect")
         smooth = np.convolve(padded, np.full(WINDOW, 1 / WINDOW), mode="valid")
         if best is None or smooth.max() > best[0] + 1e-9:
@@ -95,12 +99,3 @@ def calibrate(probabilities_NL: np.ndarray, grades_N: np.ndarray) -> tuple[CumPT
             best = (smooth.max(), CumPT(round(float(BETAS[at]), 4), sharpness), float(raw[at]))
     assert best is not None
     return best[1], best[2]
-
-
-def _macro_f1(gold_N: np.ndarray, predicted_N: np.ndarray) -> float:
-    """That of `grade_metrics`: over the grades in gold."""
-    from sklearn.metrics import f1_score
-
-    labels = sorted(set(gold_N.tolist()))
-    score = f1_score(gold_N, predicted_N, labels=labels, average="macro", zero_division=0)
-    return float(score)
