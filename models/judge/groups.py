@@ -8,6 +8,7 @@ three kinds are counted apart.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,11 +30,15 @@ from models.types import Pair
 
 @dataclass(frozen=True)
 class Judged:
-    """One sampled response, read: its kind, its reward, and whether its grade is gold."""
+    """One sampled response, read: its kind, its reward, and whether its grade is gold.
+
+    grade: what it states; None: nothing that can be read.
+    """
 
     rollout: Rollout
     outcome: ParseOutcome
     parts: RewardParts
+    grade: int | None
     correct: bool
     contradicting: bool
 
@@ -103,12 +108,22 @@ class GroupDraw:
         parts = rule_reward(response, grade, self.gold[index], self.config.reward, order)
         stated = response.grade is not None and response.verdicts is not None
         bad = stated and contradicts(response.grade, response.verdicts)  # type: ignore[arg-type]
-        return Judged(rollout, response.outcome, parts, response.grade == grade, bool(bad))
+        correct = response.grade == grade
+        return Judged(rollout, response.outcome, parts, response.grade, correct, bool(bad))
 
 
 def share_correct(judged: Sequence[Judged]) -> float:
     """Share of a group whose grade is gold."""
     return sum(j.correct for j in judged) / len(judged)
+
+
+def largest_grade_share(judged: Sequence[Judged]) -> float:
+    """Share of the responses that state the grade most of them state, unread ones in the count.
+
+    On a class-balanced pool a judge that has collapsed onto one grade is at 1.
+    """
+    stated = Counter(j.grade for j in judged if j.grade is not None)
+    return max(stated.values(), default=0) / len(judged)
 
 
 def group_members(
@@ -166,6 +181,7 @@ def response_metrics(judged: Sequence[Judged]) -> dict[str, float]:
     return out | {
         "accuracy": share_correct(judged),
         "contradiction_rate": sum(j.contradicting for j in judged) / count,
+        "grades/largest_share": largest_grade_share(judged),
         "completions/mean_length": sum(lengths) / count,
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),

@@ -15,6 +15,7 @@ rewards' standard deviation is above the floor; a gamma that is given stays an u
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from models.judge.groups import (
     Judged,
     Member,
     group_members,
+    largest_grade_share,
     response_metrics,
     share_correct,
 )
@@ -37,6 +39,12 @@ from models.judge.replay import GuidedReplay
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import SharedPrefixLM
 from models.types import Pair
+
+log = logging.getLogger(__name__)
+
+
+COLLAPSED = 0.95
+"""Share of one grade among a step's responses from which on a run is warned about."""
 
 
 class GroupSampler:
@@ -56,6 +64,7 @@ class GroupSampler:
         self.members: list[Member] = []
         self.replay = GuidedReplay(self.draw, config.replay) if config.replay else None
         self.num_tokens = 0
+        self._warned = False
 
     @property
     def prompts(self) -> list[TokenPath]:
@@ -86,6 +95,7 @@ class GroupSampler:
             refilled += len(indices) if rounds else 0
             rounds += 1
         self.members = kept
+        self._warn_of_collapse(every)
         out = self._metrics(every, time.monotonic() - started) | {
             "groups/kept_share": kept_groups / seen,
             "groups/refilled_share": refilled / seen,
@@ -97,6 +107,20 @@ class GroupSampler:
         guided = self.replay.refresh(groups)
         sampled = seen + guided["replay/groups_from_earlier"]
         return out | guided | {"groups/guided_share": guided["replay/groups"] / sampled}
+
+    def _warn_of_collapse(self, every: Sequence[Judged]) -> None:
+        """Say once a run that the policy answers one grade, whatever is asked."""
+        share = largest_grade_share(every)
+        if share < COLLAPSED or self._warned:
+            return
+        self._warned = True
+        log.warning(
+            "grpo: %.0f %% of %d responses state one grade: it pays whatever is asked, as where "
+            "most honest responses contradict themselves and the gate takes their reward. Lower "
+            "judge.grpo.optimiser.lr, raise beta, or teach the steps longer (judge.sft)",
+            100 * share,
+            len(every),
+        )
 
     def _kept(self, index: int, judged: Sequence[Judged]) -> list[Member]:
         """The group with advantages, or nothing when it is of the wrong difficulty.

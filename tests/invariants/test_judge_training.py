@@ -778,6 +778,24 @@ def test_the_advantage_is_clamped_and_truncation_is_noted(
     assert metrics["completions/clipped_ratio"] == 1 / 10
 
 
+@pytest.mark.parametrize(("ones", "share", "warnings"), [(2, 0.5, 0), (4, 1.0, 1)])
+def test_a_policy_that_answers_one_grade_is_warned_about_once(
+    judge: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ones: int,
+    share: float,
+    warnings: int,
+) -> None:
+    pool = [make_pair(title=f"sofa {i}", grade=1 + i % 4) for i in range(12)]
+    config = GRPO.model_copy(update={"group_size": 4})
+    script = ["1"] * ones + ["2", "3"][: 4 - ones]
+    sampler, _ = make_sampler(judge, pool, config, lambda _: script, monkeypatch)
+    for _ in range(2):
+        assert sampler.refresh()["grades/largest_share"] == share
+    assert sum("state one grade" in r.message for r in caplog.records) == warnings
+
+
 def test_equal_rewards_change_nothing(
     judge: str, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
