@@ -268,7 +268,8 @@ def judge(
     """Grade one (query, product title) with the champion judge.
 
     Prints the grade (1 irrelevant .. 4 excellent, by the calibrated threshold), the four
-    probabilities, and the tier a search page would show.
+    probabilities, and the tier a search page would show. --why adds the judge's steps for that
+    grade: of several explanations the likeliest that agrees with it.
     """
     prepare(home)
     from flows.serving import Champion
@@ -282,7 +283,8 @@ def judge(
     probabilities = "  ".join(f"{g}: {row[f'p{g}']:.3f}" for g in (1, 2, 3, 4))
     console.print(f"grade {row['grade']}   tier {row['tier']}   {probabilities}", highlight=False)
     if why:
-        console.print(champion.reasoning(question, product), highlight=False, markup=False)
+        said = champion.reasoning(question, product, int(row["grade"]))
+        console.print(said, highlight=False, markup=False)
 
 
 @app.command()

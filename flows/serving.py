@@ -65,13 +65,17 @@ class Champion:
         """grade, p1..p4 and tier of each pair, in order."""
         return grade_pairs(self.model, self.cumpt, pairs, desc)
 
-    def reasoning(self, query: Query, product: Product, max_new_tokens: int = 96) -> str:
-        """The decoded response: grade by the model's own first token, then the five steps."""
-        from models.judge.answers import decode_greedy
-        from models.types import Pair
+    def reasoning(
+        self, query: Query, product: Product, grade: int, max_new_tokens: int = 96
+    ) -> str:
+        """The judge's steps for a grade it gave, and a last line where they do not lead there."""
+        from models.judge.answers import TRIES, explain
 
-        text, finished = decode_greedy(self.model, [Pair(query, product, 1)], max_new_tokens)[0]
-        return text if finished else text + " [cut]"
+        said = explain(self.model, query, product, grade, max_new_tokens)
+        text = said.text if said.finished else f"{said.text} [cut]"
+        if said.agrees:
+            return text
+        return f"{text}\n[none of {TRIES} explanations agrees with grade {grade}]"
 
 
 @dataclass(frozen=True)
