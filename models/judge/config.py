@@ -169,10 +169,6 @@ class SftConfig(BaseModel):
     """Weight of the verdict words' mean (match, yes, no, the decision). The other step tokens,
     mostly copied from the prompt, have what is left. A plain mean gives the verdicts an eighth of
     the steps' gradient. Ours."""
-    counterfactuals: int = Field(0, ge=0, le=3)
-    """Other grades, drawn at random, with which the steps of every reasoned pair are learned as
-    well: they follow the grade that is stated, and that grade is not learned. Only where the grade
-    comes first. They share the pair's prompt, so one costs the tokens of a response. Ours."""
     micro_batch: int = Field(16, ge=1)
     """Pairs in one forward."""
     accumulate: int = Field(2, ge=1)

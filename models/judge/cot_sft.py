@@ -8,10 +8,7 @@ Departures from the paper:
    that is served 1/40 of the gradient. `grade_share=None` is the plain mean.
 2. `cot_share` of the pairs carry the steps, the others the grade alone: more labels in the same
    seconds on a small machine. 1.0 is the paper.
-3. `counterfactuals`: the steps of a pair are also learned behind other grades than its own, with
-   verdicts that lead there, so that what a judge says after a grade follows the grade it gave and
-   not the one that it should have given. The grade itself is not trained in them.
-4. Pairs are drawn class-balanced up to `balance`, and batched by query so that prefixes are shared.
+3. Pairs are drawn class-balanced up to `balance`, and batched by query so that prefixes are shared.
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
-from models.teacher.response import restated
 from models.teacher.template import write
 from models.types import GRADES, MetricSink, Pair
 
@@ -96,13 +92,11 @@ def batch_by_query(pairs: Sequence[Pair], size: int, rng: random.Random) -> list
 
 @dataclass(frozen=True)
 class SftBatch:
-    """One micro-batch: paths, where each grade token is, which response tokens are verdicts, and
-    whether the grade is the pair's own and thus learned."""
+    """One micro-batch: paths, where each grade token is, and which response tokens are verdicts."""
 
     paths: list[TokenPath]
     grade_at: list[int]
     verdicts: list[tuple[bool, ...]]
-    own: list[bool]
 
 
 def sft_loss(
@@ -111,7 +105,6 @@ def sft_loss(
     verdict_PT: torch.Tensor,
     grade_share: float | None,
     verdict_share: float,
-    own_P: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """-(w_g mean log p(grade) + w_v mean log p(verdict) + (1 - w_g - w_v) mean log p(rest)).
 
@@ -120,19 +113,16 @@ def sft_loss(
         grade_at_P: position of the grade token in each response.
         verdict_PT: bool, the tokens that state a verdict.
         grade_share: w_g; None: one plain mean over all tokens. verdict_share: w_v.
-        own_P: bool, whether the stated grade is the pair's own; None: all are. Another grade's
-            token is no part of any mean.
 
     A kind of token that no response has is left out, and the other weights are scaled up to 1.
     """
+    if grade_share is None:
+        mean = logps.logp_PT[logps.mask_PT].mean()
+        return -mean, {"nll": -mean.item()}
     grade_PT = torch.zeros_like(logps.mask_PT)
     grade_PT[torch.arange(len(grade_at_P), device=grade_at_P.device), grade_at_P] = True
-    learned_PT = grade_PT if own_P is None else grade_PT & own_P[:, None]
-    if grade_share is None:
-        mean = logps.logp_PT[logps.mask_PT & (~grade_PT | learned_PT)].mean()
-        return -mean, {"nll": -mean.item()}
     kinds = {
-        "grade": (grade_share, learned_PT),
+        "grade": (grade_share, grade_PT),
         "verdicts": (verdict_share, verdict_PT & ~grade_PT),
         "rest": (1 - grade_share - verdict_share, logps.mask_PT & ~grade_PT & ~verdict_PT),
     }
@@ -193,8 +183,7 @@ def train_cot_sft(
         verdict_PT = torch.zeros_like(logps.mask_PT)
         for row, inside in enumerate(batch.verdicts):
             verdict_PT[row, : len(inside)] = torch.tensor(inside, device=model.device)
-        own_P = torch.tensor(batch.own, device=model.device)
-        yield sft_loss(logps, at_P, verdict_PT, config.grade_share, config.verdict_share, own_P)
+        yield sft_loss(logps, at_P, verdict_PT, config.grade_share, config.verdict_share)
 
     trainer = JudgeTrainer(
         model,
@@ -221,22 +210,13 @@ def _epoch(
     rng: random.Random,
 ) -> list[SftBatch]:
     """Micro-batches of one pass, in random order: with steps and without apart, to pad little."""
-    own_only = not config.counterfactuals or encoder.config.order != "respond_then_think"
-    others = {} if own_only else other_grades(pairs, config.counterfactuals, rng)
     out = []
     for with_steps in (True, False):
         part = [p for i, p in enumerate(pairs) if (i in reasoned) == with_steps]
         for batch in batch_by_query(part, config.micro_batch, rng):
-            out.append(_prepare(encoder, batch, with_steps, responses, others))
+            out.append(_prepare(encoder, batch, with_steps, responses))
     rng.shuffle(out)
     return out
-
-
-def other_grades(
-    pairs: Sequence[Pair], count: int, rng: random.Random
-) -> dict[tuple[str, str], list[int]]:
-    """`count` grades by `Pair.key` that are not the pair's own, drawn at random."""
-    return {p.key: rng.sample([g for g in GRADES if g != p.grade], count) for p in pairs}
 
 
 def _prepare(
@@ -244,34 +224,19 @@ def _prepare(
     batch: Sequence[Pair],
     with_steps: bool,
     responses: Mapping[tuple[str, str], str] | None = None,
-    others: Mapping[tuple[str, str], Sequence[int]] | None = None,
 ) -> SftBatch:
-    """Paths of a batch: each pair's response, or its grade alone, and behind it the response
-    restated for each of its `others`."""
     order = encoder.config.order
-    out = SftBatch([], [], [], [])
+    out = SftBatch([], [], [])
     for pair in batch:
-        prompt = encoder.prompt(pair.query, pair.product)
-        if not with_steps:  # no end token: a grade alone is a cut response, not one that ends there
-            _add(out, (*prompt, (encoder.label_ids[pair.grade - 1],)), 0, (False,), own=True)
-            continue
-        text = write(pair, order) if responses is None else responses[pair.key]
-        told = [(text, True)]
-        told += [(restated(text, g), False) for g in (others or {}).get(pair.key, ())]
-        for stated, own in told:
-            response = encoder.response_segment(stated)
-            at = len(response) - 2 if order == "think_then_respond" else 0
-            _add(out, (*prompt, response), at, encoder.verdict_mask(stated), own)
+        if with_steps:
+            text = write(pair, order) if responses is None else responses[pair.key]
+            response, verdicts = encoder.response_segment(text), encoder.verdict_mask(text)
+        else:  # no end token: a grade alone is a cut response, not one that ends there
+            response, verdicts = (encoder.label_ids[pair.grade - 1],), (False,)
+        out.paths.append((*encoder.prompt(pair.query, pair.product), response))
+        out.grade_at.append(len(response) - 2 if order == "think_then_respond" else 0)
+        out.verdicts.append(verdicts)
     return out
-
-
-def _add(
-    batch: SftBatch, path: TokenPath, grade_at: int, verdicts: tuple[bool, ...], own: bool
-) -> None:
-    batch.paths.append(path)
-    batch.grade_at.append(grade_at)
-    batch.verdicts.append(verdicts)
-    batch.own.append(own)
 
 
 def _show_first(encoder: PromptEncoder, batch: SftBatch) -> None:

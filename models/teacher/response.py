@@ -18,7 +18,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from models.rules.table import leading_to
 from models.types import GRADE_NAMES, Category, Verdicts
 
 Order = Literal["respond_then_think", "think_then_respond", "label_only"]
@@ -91,27 +90,6 @@ def in_order(response: str, order: Order) -> str:
         return response
     grade, _, steps = response.partition("\n")
     return grade if order == "label_only" else f"{steps}\n{grade}"
-
-
-def restated(response: str, grade: int) -> str:
-    """A whole grade-first response as it would read with `grade`: its verdicts change as little
-    as the rule table allows, its first two steps not at all.
-
-    >>> print(restated("4\\nquery: a\\nitem: b\\ncategory: match\\nattributes: c yes\\ndecision: "
-    ...     "excellent", 1))
-    1
-    query: a
-    item: b
-    category: mismatch
-    attributes: c yes
-    decision: irrelevant
-    """
-    lines = response.split("\n")
-    verdicts = _parse_verdicts(lines)
-    assert verdicts is not None, response
-    query_step, item_step = (line.split(": ", 1)[1] for line in lines[1:3])
-    stated = leading_to(grade, verdicts)
-    return render_response(query_step, item_step, stated, grade, "respond_then_think")
 
 
 def thought(response: str) -> str:

@@ -34,11 +34,9 @@ from models.judge.config import (
 )
 from models.judge.cot_sft import (
     SftBatch,
-    _epoch,
     _prepare,
     draw_examples,
     draw_pairs,
-    other_grades,
     reasoned_pairs,
     sft_loss,
     train_cot_sft,
@@ -58,12 +56,10 @@ from models.judge.sampler import GroupSampler
 from models.judge.scoring import ScoringJudge
 from models.judge.spec import JudgeSpec
 from models.lm.rollout import Rollout
-from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM, build_tree
+from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM
 from models.lm.weights import load_lm, load_tokenizer
 from models.metrics import ListSink, NullSink
 from models.rewards.config import RuleRewardConfig
-from models.rules.table import allowed_grades
-from models.teacher.response import parse_response
 from models.teacher.template import gold_verdicts, write
 from models.types import GRADE_NAMES, Pair, Product, Query
 from tests.builders import make_pair, make_pairs, make_tiny_judge
@@ -124,12 +120,12 @@ def judge(tmp_path_factory: pytest.TempPathFactory, base: str, pairs: list[Pair]
 
 
 def grade_and_stop(
-    encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool, responses: Any, others: Any
+    encoder: PromptEncoder, batch: Sequence[Pair], with_steps: bool, responses: Any
 ) -> SftBatch:
     """Responses of the grade and the end token, which no stage of ours teaches."""
     ends = [(encoder.label_ids[p.grade - 1], encoder.end_id) for p in batch]
     paths = [(*encoder.prompt(p.query, p.product), e) for p, e in zip(batch, ends, strict=True)]
-    return SftBatch(paths, [0] * len(batch), [(False, False)] * len(batch), [True] * len(batch))
+    return SftBatch(paths, [0] * len(batch), [(False, False)] * len(batch))
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -331,56 +327,6 @@ def test_sft_loss_mixes_the_grade_and_the_steps() -> None:
     assert unstated == pytest.approx((0.3 * grade + 0.2 * (2 + 4 + 6) / 3) / 0.5)
     alone = ResponseLogps(logp_PT[2:], mask_PT[2:])
     assert sft_loss(alone, at_P[:1], verdict_PT[2:], 0.3, 0.5)[0].item() == pytest.approx(5)
-
-
-def test_another_grade_than_the_pairs_own_is_no_part_of_the_loss() -> None:
-    """The second row states another grade: its token, -7, counts nowhere, its steps everywhere."""
-    logps = ResponseLogps(
-        torch.tensor([[-1.0, -2.0, -4.0], [-7.0, -6.0, -8.0]]), torch.ones(2, 3, dtype=torch.bool)
-    )
-    verdict_PT = torch.tensor([[0, 0, 1], [0, 0, 1]]).bool()
-    at_P, own_P = torch.zeros(2, dtype=torch.long), torch.tensor([True, False])
-    mixed = sft_loss(logps, at_P, verdict_PT, 0.3, 0.5, own_P)[0].item()
-    assert mixed == pytest.approx(0.3 * 1 + 0.5 * (4 + 8) / 2 + 0.2 * (2 + 6) / 2)
-    plain = sft_loss(logps, at_P, verdict_PT, None, 0.5, own_P)[0].item()
-    assert plain == pytest.approx((1 + 2 + 4 + 6 + 8) / 5)
-
-
-def test_counterfactual_steps_lead_to_the_grade_they_stand_behind(
-    base: str, pairs: list[Pair]
-) -> None:
-    encoder = PromptEncoder(load_tokenizer(base), SPEC)
-    responses = written(pairs)
-    others = other_grades(pairs, 2, random.Random(0))
-    batch = _prepare(encoder, pairs[:8], True, responses, others)
-    texts = [encoder.decode(path[-1]) for path in batch.paths]
-    assert batch.own == [True, False, False] * 8
-    for i, pair in enumerate(pairs[:8]):
-        own, *told = texts[3 * i : 3 * i + 3]
-        assert own == encoder.decode(encoder.response_segment(responses[pair.key]))
-        assert [parse_response(t, "respond_then_think").grade for t in told] == others[pair.key]
-        assert pair.grade not in others[pair.key] and len(set(others[pair.key])) == 2
-        for text in told:
-            read = parse_response(text, "respond_then_think")
-            assert read.verdicts is not None and read.grade in allowed_grades(read.verdicts)
-            assert text.split("\n")[1:3] == own.split("\n")[1:3], "what it says of query and item"
-    tree = build_tree(batch.paths)
-    alone = build_tree(_prepare(encoder, pairs[:8], True, responses).paths)
-    added = sum(len(p[-1]) for p, own in zip(batch.paths, batch.own, strict=True) if not own)
-    assert tree.num_tokens <= alone.num_tokens + added, "the prompt is read once"
-
-
-@pytest.mark.parametrize("order", ["think_then_respond", "label_only"])
-def test_only_steps_behind_a_grade_have_counterfactuals(
-    base: str, pairs: list[Pair], order: Any
-) -> None:
-    encoder = PromptEncoder(load_tokenizer(base), JudgeSpec(PromptConfig(order=order)))
-    config = SFT.model_copy(update={"counterfactuals": 2})
-    made = _epoch(encoder, pairs[:8], frozenset(range(8)), None, config, random.Random(0))
-    assert sum(len(batch.paths) for batch in made) == 8
-    first = PromptEncoder(load_tokenizer(base), SPEC)
-    made = _epoch(first, pairs[:8], frozenset(range(8)), None, config, random.Random(0))
-    assert sum(len(batch.paths) for batch in made) == 8 * 3
 
 
 def test_the_verdict_mask_marks_the_stated_verdicts(base: str, pairs: list[Pair]) -> None:

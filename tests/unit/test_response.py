@@ -13,7 +13,6 @@ from models.teacher.response import (
     in_order,
     parse_response,
     render_response,
-    restated,
     thought,
     verdict_spans,
 )
@@ -48,17 +47,6 @@ def test_verdicts_lead_to_a_grade_by_changing_little(given_verdicts: Verdicts, g
     assert [name for name, _ in led.attributes] == names[: len(led.attributes)]
     if grade <= 2:
         assert led.attributes == given_verdicts.attributes, "the category alone tells"
-
-
-@given(given_verdicts=verdicts, own=st.integers(1, 4), other=st.integers(1, 4), step=words)
-def test_a_response_is_restated_for_another_grade(
-    given_verdicts: Verdicts, own: int, other: int, step: str
-) -> None:
-    text = render_response(step, step, leading_to(own, given_verdicts), own, "respond_then_think")
-    read = parse_response(restated(text, other), "respond_then_think")
-    assert (read.outcome, read.grade) == (ParseOutcome.OK, other)
-    assert read.verdicts == leading_to(other, leading_to(own, given_verdicts))
-    assert restated(text, own) == text
 
 
 numbers = st.from_regex(r"[0-9]{1,6}([.,][0-9]{1,3}){0,2}", fullmatch=True)
