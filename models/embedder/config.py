@@ -168,14 +168,15 @@ class RetrievalGRPOConfig(BaseModel):
     val_reward_queries: int = Field(default=32, ge=1)
     """Validation queries whose results are rewarded (the judge reads `recall_k` products each)."""
     guard: tuple[str, ...] = ("relevance", "quality")
-    """Rewards whose validation mean may not fall below the start's, where in use."""
+    """Rewards whose validation mean may not fall below the start's beyond noise, where in use."""
     recall_k: int = Field(default=10, ge=1)
     """Cut-off of the watched recall and reward."""
     max_recall_loss: float = Field(default=0.0, ge=0)
     """Recall an encoder may lose against the start and still be chosen, absolute."""
-    recall_noise: float = Field(default=1.0, ge=0)
-    """Standard errors of the paired recall difference that count as noise, on top of that; 0 is
-    strict, and on a few dozen validation queries refuses encoders that are better on test."""
+    noise: float = Field(default=1.0, ge=0)
+    """Standard errors of the paired difference to the start, of recall and of each guarded reward,
+    that count as noise; 0 is strict, and on a few dozen validation queries refuses encoders that
+    are better on test."""
     collapse_recall: float = Field(default=0.5, ge=0, le=1)
     """The run stops when recall falls below this share of the start."""
     collapse_spread: float = Field(default=0.2, ge=0, le=1)

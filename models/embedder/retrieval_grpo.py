@@ -214,8 +214,8 @@ def train_retrieval_grpo(
     """Train the SFT encoder in `encoder_dir` on the rewards and save the best to `out`.
 
     Best: the highest mean reward of the validation queries' Top-`recall_k` among the refreshes
-    whose recall has not fallen below the start's beyond `max_recall_loss` and noise, and whose
-    guarded rewards have not fallen. The start is one of them. Goes on from
+    whose recall and guarded rewards have not fallen below the start's beyond noise (recall: and
+    `max_recall_loss`). The start is one of them. Goes on from
     `scratch` if a checkpoint is there.
 
     Logs `embedder/rgrpo/...`: loss, reward_mean, reward/<name>, reward_std, frac_reward_zero_std,

@@ -14,7 +14,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +49,8 @@ class Watch:
     """What one look at the validation split says.
 
     val_recall: mean share of the relevant products in the Top-k. val_reward: mean weighted reward
-    of the Top-k. spread: 1 - |mean vector|^2 of the pool, 0 when all products coincide. recalls:
-    the recall of each query, in the order of the run.
+    of the Top-k. spread: 1 - |mean vector|^2 of the pool, 0 when all products coincide. recalls,
+    rewards: the recall of each query and its Top-k's mean of each reward, in the order of the run.
     """
 
     step: int
@@ -59,6 +59,7 @@ class Watch:
     spread: float
     terms: Mapping[str, float]
     recalls: Sequence[float] = ()
+    rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
         """Flat, for a sink."""
@@ -68,16 +69,24 @@ class Watch:
 
 
 def acceptable(watch: Watch, start: Watch, config: RetrievalGRPOConfig) -> bool:
-    """Whether an encoder may be chosen: recall held within noise, and no guarded reward fell."""
-    allowed = config.max_recall_loss + config.recall_noise * standard_error(watch, start)
-    held = watch.val_recall >= start.val_recall - allowed - 1e-9
+    """Whether an encoder may be chosen: neither recall nor a guarded reward fell beyond noise."""
+
+    def held(now: float, before: float, error: float, allowed: float = 0.0) -> bool:
+        return now >= before - allowed - config.noise * error - 1e-9
+
+    recall_error = standard_error(watch.recalls, start.recalls)
+    recall_held = held(watch.val_recall, start.val_recall, recall_error, config.max_recall_loss)
+    errors = {
+        name: standard_error(watch.rewards.get(name, ()), start.rewards.get(name, ()))
+        for name in config.guard
+    }
     guarded = (name for name in config.guard if name in start.terms)
-    return held and all(watch.terms[n] >= start.terms[n] - 1e-9 for n in guarded)
+    return recall_held and all(held(watch.terms[n], start.terms[n], errors[n]) for n in guarded)
 
 
-def standard_error(watch: Watch, start: Watch) -> float:
-    """Of the mean paired recall difference: std(r - r0) / sqrt(n); 0 below two queries."""
-    delta = np.asarray(watch.recalls) - np.asarray(start.recalls)
+def standard_error(now: Sequence[float], before: Sequence[float]) -> float:
+    """Of the mean paired difference of two series: std / sqrt(n); 0 below two values."""
+    delta = np.asarray(now) - np.asarray(before)
     return float(delta.std(ddof=1) / math.sqrt(len(delta))) if len(delta) > 1 else 0.0
 
 
@@ -411,6 +420,7 @@ class Run:
             spread=float(1.0 - centre_D @ centre_D),
             terms={name: float(values.mean()) for name, values in terms.items()},
             recalls=recalls,
+            rewards={name: values.mean(1).tolist() for name, values in terms.items()},
         )
 
     def _log_first(

@@ -308,8 +308,25 @@ def test_a_recall_loss_within_noise_is_allowed_and_a_real_one_is_not() -> None:
     config = RetrievalGRPOConfig()
     assert acceptable(Watch(1, 0.46, 1.0, 0.5, {}, noisy), start, config)
     assert not acceptable(Watch(1, 0.46, 1.0, 0.5, {}, steady), start, config)
-    strict = config.model_copy(update={"recall_noise": 0.0})
+    strict = config.model_copy(update={"noise": 0.0})
     assert not acceptable(Watch(1, 0.46, 1.0, 0.5, {}, noisy), start, strict)
+
+
+def test_a_guarded_reward_may_fall_within_noise_and_no_further() -> None:
+    level = {"quality": [0.5] * 16}
+    start = Watch(0, 0.5, 1.0, 0.5, {"quality": 0.5}, rewards=level)
+    noisy = [0.5 + d for d in (0.4, -0.48) * 8]
+
+    def after(values: list[float]) -> Watch:
+        mean = sum(values) / len(values)
+        return Watch(1, 0.5, 1.1, 0.5, {"quality": mean}, rewards={"quality": values})
+
+    config = RetrievalGRPOConfig()
+    assert acceptable(after(noisy), start, config)
+    assert not acceptable(after([0.46] * 16), start, config)
+    assert not acceptable(after(noisy), start, config.model_copy(update={"noise": 0.0}))
+    unguarded = config.model_copy(update={"guard": ("relevance",)})
+    assert acceptable(after([0.1] * 16), start, unguarded), "not guarded"
 
 
 def test_collapse_is_named() -> None:
@@ -323,7 +340,7 @@ def test_quality_rises_and_recall_holds(
     store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
 ) -> None:
     sink = ListSink()
-    config = FAST.model_copy(update={"steps": 24, "recall_noise": 0.0})
+    config = FAST.model_copy(update={"steps": 24, "noise": 0.0})
     numbers = train_retrieval_grpo(
         str(encoder_dir), store, [quality], config, tmp_path / "out", tmp_path / "s", sink
     )
@@ -466,7 +483,7 @@ def test_a_run_that_collapses_late_keeps_what_it_had_learned(
     monkeypatch.setattr(
         Run, "_lr", lambda self: 1e-3 * (1 - self.step / good) if self.step < good else 10.0
     )
-    config = FAST.model_copy(update={"steps": 40, "recall_noise": 0.0})
+    config = FAST.model_copy(update={"steps": 40, "noise": 0.0})
     with pytest.raises(DivergenceError, match="at step 28"):
         train_retrieval_grpo(
             str(encoder_dir), store, [quality], config, tmp_path / "out", tmp_path / "s", ListSink()
