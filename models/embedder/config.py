@@ -166,7 +166,8 @@ class RetrievalGRPOConfig(BaseModel):
     val_queries: int = Field(default=256, ge=1)
     """Validation queries whose recall is watched (cheap: only embedded)."""
     val_reward_queries: int = Field(default=32, ge=1)
-    """Validation queries whose results are rewarded (the judge reads `recall_k` products each)."""
+    """Validation queries whose results the judge reads, `recall_k` products each; rewards that ask
+    no model are read on all `val_queries`."""
     guard: tuple[str, ...] = ("relevance", "quality")
     """Rewards whose validation mean may not fall below the start's beyond noise, where in use."""
     recall_k: int = Field(default=10, ge=1)

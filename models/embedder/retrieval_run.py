@@ -48,9 +48,10 @@ log = logging.getLogger(__name__)
 class Watch:
     """What one look at the validation split says.
 
-    val_recall: mean share of the relevant products in the Top-k. val_reward: mean weighted reward
-    of the Top-k. spread: 1 - |mean vector|^2 of the pool, 0 when all products coincide. recalls,
-    rewards: the recall of each query and its Top-k's mean of each reward, in the order of the run.
+    val_recall: mean share of the relevant products in the Top-k. val_reward: weighted sum of the
+    Top-k's mean rewards, each over the queries it is read on. spread: 1 - |mean vector|^2 of the
+    pool, 0 when all products coincide. recalls, rewards: the recall of each query and its Top-k's
+    mean of each reward, in the order of the run.
     """
 
     step: int
@@ -410,13 +411,16 @@ class Run:
             len(relevant & {p.product_id for p in found}) / len(relevant)
             for relevant, found in zip(self.val_relevant.values(), products, strict=True)
         ]
-        count = config.val_reward_queries
-        total, terms = total_reward(self.rewards, queries[:count], products[:count])
+        terms: dict[str, np.ndarray] = {}
+        for free, count in ((True, len(queries)), (False, config.val_reward_queries)):
+            own = [r for r in self.rewards if getattr(r, "free", False) == free]
+            if own:
+                terms |= total_reward(own, queries[:count], products[:count])[1]
         centre_D = self.pool.vectors_ND.mean(0)
         return Watch(
             step=self.step,
             val_recall=float(np.mean(recalls)),
-            val_reward=float(total.mean()),
+            val_reward=sum(r.weight * float(terms[r.name].mean()) for r in self.rewards),
             spread=float(1.0 - centre_D @ centre_D),
             terms={name: float(values.mean()) for name, values in terms.items()},
             recalls=recalls,

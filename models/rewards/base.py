@@ -17,7 +17,10 @@ from models.types import Product, Query
 
 
 class Reward(Protocol):
-    """One term of the reward. Its metrics are logged under `name`."""
+    """One term of the reward. Its metrics are logged under `name`.
+
+    One that asks no model sets `free = True`: the watch then reads it on every validation query.
+    """
 
     name: str
     weight: float

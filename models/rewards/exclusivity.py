@@ -29,6 +29,7 @@ class Exclusivity:
     """
 
     name = "exclusivity"
+    free = True
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight

@@ -94,6 +94,7 @@ class Quality:
     """
 
     name = "quality"
+    free = True
 
     def __init__(self, levels: Mapping[str, float], weight: float = 1.0) -> None:
         self.levels = levels

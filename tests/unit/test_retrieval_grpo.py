@@ -336,6 +336,29 @@ def test_collapse_is_named() -> None:
     assert "recall" in (collapse(watch(recall=0.3), watch(), config) or "")
 
 
+def test_the_watch_reads_what_asks_no_model_on_every_validation_query(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+
+    class Costly:
+        name, weight = "relevance", 2.0
+
+        def __call__(self, queries: Sequence[Any], candidates: Sequence[Any]) -> np.ndarray:
+            asked.append(len(queries))
+            return np.full((len(queries), len(candidates[0])), 0.25, dtype=np.float32)
+
+    config = FAST.model_copy(update={"steps": 1, "val_reward_queries": 2})
+    sink, scratch = ListSink(), tmp_path / "s"
+    run = Run(str(encoder_dir), store, [Costly(), quality], config, scratch, sink, "cpu")
+    run._start()
+    first = run.watches[0]
+    assert asked == [2] and len(first.rewards["relevance"]) == 2
+    assert len(first.rewards["quality"]) == len(first.recalls) > 2
+    assert first.terms["quality"] == pytest.approx(np.mean(first.rewards["quality"]), rel=1e-6)
+    assert first.val_reward == pytest.approx(2 * 0.25 + quality.weight * first.terms["quality"])
+
+
 def test_quality_rises_and_recall_holds(
     store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
 ) -> None:
