@@ -144,8 +144,8 @@ class PipelineConfig(_Config):
 
 
 SMALL_QUERIES = 1200
-"""Queries of the synthetic store in `small`: a sixth of them tell rows of a table apart, where the
-source's own 360 leave 77 in the test split."""
+"""Queries of the synthetic store in `small`: 234 of them are test queries and tell rows of a table
+apart, which the 77 of the source's own 360 do not."""
 
 
 def _source(store: str) -> Any:
