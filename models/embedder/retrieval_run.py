@@ -77,12 +77,15 @@ def acceptable(watch: Watch, start: Watch, config: RetrievalGRPOConfig) -> bool:
 
     recall_error = standard_error(watch.recalls, start.recalls)
     recall_held = held(watch.val_recall, start.val_recall, recall_error, config.max_recall_loss)
-    errors = {
-        name: standard_error(watch.rewards.get(name, ()), start.rewards.get(name, ()))
+    return recall_held and all(
+        held(
+            watch.terms[name],
+            start.terms[name],
+            standard_error(watch.rewards.get(name, ()), start.rewards.get(name, ())),
+        )
         for name in config.guard
-    }
-    guarded = (name for name in config.guard if name in start.terms)
-    return recall_held and all(held(watch.terms[n], start.terms[n], errors[n]) for n in guarded)
+        if name in start.terms
+    )
 
 
 def standard_error(now: Sequence[float], before: Sequence[float]) -> float:

@@ -29,7 +29,6 @@ from models.judge.groups import (
     Judged,
     Member,
     group_members,
-    largest_grade_share,
     response_metrics,
     share_correct,
 )
@@ -95,22 +94,21 @@ class GroupSampler:
             refilled += len(indices) if rounds else 0
             rounds += 1
         self.members = kept
-        self._warn_of_collapse(every)
         out = self._metrics(every, time.monotonic() - started) | {
             "groups/kept_share": kept_groups / seen,
             "groups/refilled_share": refilled / seen,
             "groups/refill_rounds": rounds - 1,
             "groups/short": float(kept_groups < config.prompts_per_step),
         }
+        self._warn_of_collapse(out["grades/largest_share"], len(every))
         if self.replay is None:
             return out
         guided = self.replay.refresh(groups)
         sampled = seen + guided["replay/groups_from_earlier"]
         return out | guided | {"groups/guided_share": guided["replay/groups"] / sampled}
 
-    def _warn_of_collapse(self, every: Sequence[Judged]) -> None:
-        """Say once a run that the policy answers one grade, whatever is asked."""
-        share = largest_grade_share(every)
+    def _warn_of_collapse(self, share: float, count: int) -> None:
+        """Say once a run that `share` of `count` responses state one grade, whatever is asked."""
         if share < COLLAPSED or self._warned:
             return
         self._warned = True
@@ -119,7 +117,7 @@ class GroupSampler:
             "most honest responses contradict themselves and the gate takes their reward. Lower "
             "judge.grpo.optimiser.lr, raise beta, or teach the steps longer (judge.sft)",
             100 * share,
-            len(every),
+            count,
         )
 
     def _kept(self, index: int, judged: Sequence[Judged]) -> list[Member]:
