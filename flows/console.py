@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,11 @@ StoreName = Annotated[
 ]
 
 
+AGAIN_S = 0.05
+"""How long after a SIGTERM was lost it is sent again: a destructor has ended by then, or the next
+one loses it as well."""
+
+
 class Terminated(SystemExit):
     """SIGTERM, as an exception: what is open is closed on the way out."""
 
@@ -36,6 +42,7 @@ class Terminated(SystemExit):
 def guarded(body: Callable[[], object]) -> None:
     """Call `body`; a user's mistake, a fault or SIGTERM is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _dropped
     try:
         body()
     except Terminated:
@@ -52,6 +59,21 @@ def guarded(body: Callable[[], object]) -> None:
 def _terminate(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # the way out is not interrupted
     raise Terminated(128 + number)
+
+
+def _dropped(what: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised inside a destructor: a SIGTERM among it is sent once more."""
+    kinds: tuple[type[BaseException], ...] = (Terminated,)
+    if prefect := sys.modules.get("prefect.exceptions"):  # in a flow the handler is Prefect's
+        kinds += (prefect.TerminationSignal,)
+    if not isinstance(what.exc_value, kinds):
+        sys.__unraisablehook__(what)
+        return
+    if isinstance(what.exc_value, Terminated):
+        signal.signal(signal.SIGTERM, _terminate)
+    again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM))
+    again.daemon = True
+    again.start()
 
 
 def _complain(kind: str, text: str) -> None:

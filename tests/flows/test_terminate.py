@@ -44,6 +44,26 @@ def body():
 
 guarded(body)
 """
+IN_A_DESTRUCTOR = """
+import sys, threading, time
+from contextlib import nullcontext
+from prefect.utilities.engine import capture_sigterm
+from flows.console import guarded
+
+class Slow:
+    def __del__(self):
+        print("began", flush=True)
+        time.sleep(3)
+
+def body():
+    with capture_sigterm() if sys.argv[1] == "flow" else nullcontext():
+        first, second = Slow(), Slow()
+        del first
+        del second  # SIGTERM was lost in one of them, and comes again in the other or after both
+        threading.Event().wait(600)
+
+guarded(body)
+"""
 FAILING = """
 import errno, sys
 from flows.console import guarded
@@ -94,6 +114,21 @@ def test_prefects_own_handler_ends_in_ours(home: Path) -> None:
     _, err = child.communicate()
     assert child.returncode == 143
     assert err.splitlines()[-1].endswith("run the same command again and it goes on")
+
+
+@pytest.mark.parametrize("where", ["flow", "outside"])
+def test_a_signal_that_a_destructor_lost_comes_again(home: Path, where: str) -> None:
+    child = start(IN_A_DESTRUCTOR, where)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "began\n"
+    child.send_signal(signal.SIGTERM)
+    try:
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 143
+    assert err.splitlines()[-1].endswith("run the same command again and it goes on")
+    assert "Exception ignored" not in err
 
 
 @pytest.mark.parametrize(("how", "code"), [("full", 2), ("unknown", 1)])
