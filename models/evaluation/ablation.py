@@ -25,8 +25,7 @@ from models.evaluation.query_bootstrap import (
     ratio_under,
     spearman_under,
 )
-from models.rules.table import contradicts
-from models.teacher.response import Order, ParseOutcome, parse_response
+from models.teacher.response import Order, parse_response
 from models.types import GRADES
 
 Answer = Mapping[str, Any]
@@ -158,17 +157,11 @@ def _reasoning(
         return {}, {}
     read = [parse_response(a["response"], order, a["finished"]) for a in spoken]
     query_M = np.array([query_of[a["query_id"]] for a in spoken])
-    stated_M = np.array([r.grade is not None and r.verdicts is not None for r in read], float)
-    broken_M = np.array(
-        [
-            r.grade is not None and r.verdicts is not None and contradicts(r.grade, r.verdicts)
-            for r in read
-        ],
-        float,
-    )
-    whole_M = np.array([r.outcome is ParseOutcome.OK for r in read], float)
+    stated_M = np.array([r.states_both for r in read], float)
+    broken_M = np.array([r.contradicting for r in read], float)
+    sound_M = np.array([r.sound for r in read], float)
     ones_M = np.ones(len(read))
-    out = {"rule_adherence": ratio_under(whole_M * (1 - broken_M), ones_M, query_M, weights_BQ)}
+    out = {"rule_adherence": ratio_under(sound_M, ones_M, query_M, weights_BQ)}
     if stated_M.any():
         out["contradiction_rate"] = ratio_under(broken_M, stated_M, query_M, weights_BQ)
     return out, {"rule_adherence": len(read), "contradiction_rate": int(stated_M.sum())}

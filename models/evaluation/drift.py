@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from models.rules.table import contradicts
 from models.teacher.response import Response
 from models.text import normalise, terms
 
@@ -141,9 +140,5 @@ def entropy(probabilities_PL: np.ndarray) -> float:
 def contradiction_rate(responses: Sequence[Response]) -> float | None:
     """Share, of responses that state a grade and verdicts, whose grade breaks the rule table; None
     when no response states both."""
-    bad = [
-        contradicts(r.grade, r.verdicts)
-        for r in responses
-        if r.grade is not None and r.verdicts is not None
-    ]
+    bad = [r.contradicting for r in responses if r.states_both]
     return sum(bad) / len(bad) if bad else None

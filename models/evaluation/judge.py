@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.rules.table import contradicts
 from models.teacher.response import ParseOutcome, Response
 from models.types import GRADES, Verdicts
 
@@ -92,15 +91,14 @@ def reasoning_metrics(
     """
     if not responses:
         return {}
-    stated = [r for r in responses if r.grade is not None and r.verdicts is not None]
-    bad = [r for r in stated if contradicts(r.grade, r.verdicts)]  # type: ignore[arg-type]
-    well = [r for r in responses if r.outcome is ParseOutcome.OK]
-    adherent = [r for r in well if not contradicts(r.grade, r.verdicts)]  # type: ignore[arg-type]
+    stated = sum(r.states_both for r in responses)
+    bad = sum(r.contradicting for r in responses)
+    well = sum(r.outcome is ParseOutcome.OK for r in responses)
     known = [(r, g) for r, g in zip(responses, gold, strict=True) if g is not None]
     out = {
-        "rule_adherence": len(adherent) / len(responses),
-        "contradiction_rate": len(bad) / len(stated) if stated else 1.0,
-        "malformed_rate": 1 - len(well) / len(responses),
+        "rule_adherence": sum(r.sound for r in responses) / len(responses),
+        "contradiction_rate": bad / stated if stated else 1.0,
+        "malformed_rate": 1 - well / len(responses),
     }
     if known:
         right = sum(r.verdicts is not None and r.verdicts.category == g.category for r, g in known)

@@ -13,8 +13,7 @@ import torch
 
 from models.judge.scoring import ScoringJudge
 from models.lm.rollout import sample
-from models.rules.table import contradicts
-from models.teacher.response import Order, ParseOutcome, parse_response
+from models.teacher.response import Order, parse_response
 from models.types import Pair, Product, Query
 
 TRIES = 16
@@ -96,6 +95,4 @@ def explain(
 
 def _read(text: str, finished: bool, grade: int, order: Order) -> Explanation:
     read = parse_response(text, order, finished)
-    whole = read.outcome is ParseOutcome.OK and read.grade == grade
-    agrees = whole and (read.verdicts is None or not contradicts(grade, read.verdicts))
-    return Explanation(text, finished, agrees)
+    return Explanation(text, finished, read.sound and read.grade == grade)

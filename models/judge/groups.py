@@ -22,30 +22,24 @@ from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import Segment, SharedPrefixLM
 from models.objectives.advantages import group_advantages
 from models.rewards.judge_rules import RewardParts, rule_reward
-from models.rules.table import contradicts
-from models.teacher.response import ParseOutcome, parse_response
+from models.teacher.response import ParseOutcome, Response, parse_response
 from models.teacher.template import gold_verdicts
 from models.types import Pair
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One sampled response, read: its kind, its reward, and whether its grade is gold.
-
-    grade: what it states; None: nothing that can be read.
-    """
+    """One sampled response, read: what it states, its reward, and whether its grade is gold."""
 
     rollout: Rollout
-    outcome: ParseOutcome
+    response: Response
     parts: RewardParts
-    grade: int | None
     correct: bool
-    contradicting: bool
 
     @property
     def sound(self) -> bool:
         """The gold grade, well formed, and in agreement with its own verdicts."""
-        return self.correct and self.outcome is ParseOutcome.OK and not self.contradicting
+        return self.correct and self.response.sound
 
 
 @dataclass(frozen=True)
@@ -106,10 +100,7 @@ class GroupDraw:
         response = parse_response(text, order, rollout.finished)
         grade = self.pairs[index].grade
         parts = rule_reward(response, grade, self.gold[index], self.config.reward, order)
-        stated = response.grade is not None and response.verdicts is not None
-        bad = stated and contradicts(response.grade, response.verdicts)  # type: ignore[arg-type]
-        correct = response.grade == grade
-        return Judged(rollout, response.outcome, parts, response.grade, correct, bool(bad))
+        return Judged(rollout, response, parts, response.grade == grade)
 
 
 def share_correct(judged: Sequence[Judged]) -> float:
@@ -122,7 +113,7 @@ def largest_grade_share(judged: Sequence[Judged]) -> float:
 
     On a class-balanced pool a judge that has collapsed onto one grade is at 1.
     """
-    stated = Counter(j.grade for j in judged if j.grade is not None)
+    stated = Counter(j.response.grade for j in judged if j.response.grade is not None)
     return max(stated.values(), default=0) / len(judged)
 
 
@@ -177,10 +168,10 @@ def response_metrics(judged: Sequence[Judged]) -> dict[str, float]:
         for f in fields(RewardParts)
     }
     for kind in (ParseOutcome.EMPTY, ParseOutcome.TRUNCATED, ParseOutcome.MALFORMED):
-        out[f"completions/{kind}"] = sum(j.outcome is kind for j in judged) / count
+        out[f"completions/{kind}"] = sum(j.response.outcome is kind for j in judged) / count
     return out | {
         "accuracy": share_correct(judged),
-        "contradiction_rate": sum(j.contradicting for j in judged) / count,
+        "contradiction_rate": sum(j.response.contradicting for j in judged) / count,
         "grades/largest_share": largest_grade_share(judged),
         "completions/mean_length": sum(lengths) / count,
         "completions/min_length": min(lengths),

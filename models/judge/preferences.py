@@ -23,8 +23,7 @@ from models.judge.config import PassAtNConfig
 from models.judge.cot_sft import draw_pairs
 from models.judge.scoring import ScoringJudge
 from models.lm.rollout import sample
-from models.rules.table import contradicts
-from models.teacher.response import ParseOutcome, Response, parse_response
+from models.teacher.response import ParseOutcome, parse_response
 from models.teacher.template import write
 from models.types import Pair
 
@@ -63,13 +62,6 @@ class Preference:
     rejected_ended: bool = True
 
 
-def is_contradicting(response: Response) -> bool:
-    """Whether the stated grade breaks the stated verdicts under the rule table."""
-    if response.grade is None or response.verdicts is None:
-        return False
-    return contradicts(response.grade, response.verdicts)
-
-
 def sample_responses(
     judge: ScoringJudge, pairs: Sequence[Pair], config: PassAtNConfig, desc: str = "pass@N"
 ) -> list[list[Sampled]]:
@@ -93,9 +85,7 @@ def sample_responses(
         for rollout in group:
             text = encoder.decode(rollout.ids)
             response = parse_response(text, encoder.config.order, rollout.finished)
-            bad = is_contradicting(response)
             whole = response.outcome is ParseOutcome.OK
-            right = whole and response.grade == pair.grade and not bad
             row.append(
                 Sampled(
                     pair.query.query_id,
@@ -104,8 +94,8 @@ def sample_responses(
                     text,
                     response.grade,
                     rollout.finished,
-                    right,
-                    bad,
+                    response.sound and response.grade == pair.grade,
+                    response.contradicting,
                     rollout.finished and not whole,
                 )
             )

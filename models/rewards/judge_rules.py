@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.rewards.config import RuleRewardConfig
-from models.rules.table import contradicts
 from models.teacher.response import Order, ParseOutcome, Response
 from models.types import Verdicts
 
@@ -49,10 +48,7 @@ def rule_reward(
         return RewardParts(grade, 0.0, 0.0, form, 1.0, grade)
     category = float(verdicts is not None and verdicts.category == gold.category)
     attributes = 0.0 if verdicts is None else share_right(verdicts, gold)
-    if verdicts is None:
-        broken = order != "label_only"
-    else:
-        broken = response.grade is not None and contradicts(response.grade, verdicts)
+    broken = order != "label_only" if verdicts is None else response.contradicting
     gate = 0.0 if config.gate and broken else 1.0
     total = gate * (
         config.grade * grade

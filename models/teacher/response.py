@@ -18,6 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from models.rules.table import contradicts
 from models.types import GRADE_NAMES, Category, Verdicts
 
 Order = Literal["respond_then_think", "think_then_respond", "label_only"]
@@ -43,6 +44,23 @@ class Response:
     grade: int | None
     verdicts: Verdicts | None
     text: str
+
+    @property
+    def states_both(self) -> bool:
+        """Whether a grade and verdicts can be read, so that they can contradict each other."""
+        return self.grade is not None and self.verdicts is not None
+
+    @property
+    def contradicting(self) -> bool:
+        """Whether the grade breaks the verdicts under the rule table."""
+        if self.grade is None or self.verdicts is None:
+            return False
+        return contradicts(self.grade, self.verdicts)
+
+    @property
+    def sound(self) -> bool:
+        """Well formed, and in agreement with itself."""
+        return self.outcome is ParseOutcome.OK and not self.contradicting
 
 
 _STATED = re.compile(r"(?m)^(?:category|decision): (\w+)$|^attributes: (.+)$")
