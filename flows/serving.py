@@ -68,14 +68,18 @@ class Champion:
     def reasoning(
         self, query: Query, product: Product, grade: int, max_new_tokens: int = 96
     ) -> str:
-        """The judge's steps for a grade it gave, and a last line where they do not lead there."""
+        """The judge's steps for a grade it gave, and a last line where its own led elsewhere."""
         from models.judge.answers import TRIES, explain
+        from models.teacher.response import render_verdicts
 
         said = explain(self.model, query, product, grade, max_new_tokens)
         text = said.text if said.finished else f"{said.text} [cut]"
-        if said.agrees:
+        if not said.agrees:
+            return f"{text}\n[none of {TRIES} explanations could be read as steps]"
+        if said.own is None:
             return text
-        return f"{text}\n[none of {TRIES} explanations agrees with grade {grade}]"
+        own = render_verdicts(said.own).replace("\n", ", ")
+        return f"{text}\n[these verdicts lead to grade {grade}; by itself it wrote {own}]"
 
 
 @dataclass(frozen=True)

@@ -260,9 +260,8 @@ class GuidedReplay:
                 out[f"replay/accuracy_{name}"] = share_correct(judged)
                 out[f"replay/reward_{name}"] = sum(j.parts.total for j in judged) / len(judged)
         if flat:
-            out["replay/contradiction_rate"] = sum(j.response.contradicting for j in flat) / len(
-                flat
-            )
+            contradicting = sum(j.response.contradicting for j in flat)
+            out["replay/contradiction_rate"] = contradicting / len(flat)
             out["replay/clipped_ratio"] = sum(not j.rollout.finished for j in flat) / len(flat)
             if self.config.guidance == "prefix":
                 out["replay/prefix_share"] = sum(s.prefix_share for s in batch) / len(batch)
