@@ -19,7 +19,7 @@ from rich.table import Table
 
 from flows.data import prepare_data
 from flows.embedder import base_encoder
-from flows.judge import JudgeStages, train_judge
+from flows.judge import JudgeStages
 from flows.recipes import EmbedderConfig, PipelineConfig
 from models.embedder.config import (
     ContrastiveConfig,
@@ -177,11 +177,11 @@ class _Lab:
             {"full"} if self.config.evaluation.judged_queries else set()
         )
         self.base = base_encoder(self.config, store)
+        stages = JudgeStages(config.judge, store)
         self.judges: dict[str | None, ArtifactRef] = {}
         if "full" in asked:
-            self.judges["full"] = train_judge(config.judge, store).judge
+            self.judges["full"] = stages.calibrated(stages.grpo)
         if "weak" in asked:
-            stages = JudgeStages(config.judge, store)
             self.judges["weak"] = stages.calibrated(stages.probed)
         self.lexical = self._measure("bm25", None, None, 0)
 

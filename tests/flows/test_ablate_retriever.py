@@ -171,17 +171,18 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
     monkeypatch.setattr(Stage, "__call__", identify)
     monkeypatch.setattr(flow, "pipeline", no_run)
     monkeypatch.setattr(flow, "prepare_data", lambda config: named("validate", "0"))
-    judge = SimpleNamespace(judge=named("judge", "1"))
-    monkeypatch.setattr(flow, "train_judge", lambda config, store: judge)
     ablate_retriever.fn(small_config(), [0, 1], list(TITLES))
     rgrpo = 2 * 6
     assert Counter(name for name, _ in called) == {
-        "base_model": 2,  # the encoder's and the weaker judge's
+        "base_model": 2,  # the encoder's and the judge's
         "judge_prompt": 1,
         "judge_teacher": 1,
         "judge_cot_sft": 1,
         "judge_probe": 1,
-        "judge": 1,
+        "judge_pass_at_n": 1,
+        "judge_dpo": 1,
+        "judge_grpo": 1,
+        "judge": 2,  # the finished one and the weaker; neither is evaluated here
         "embedder_sft": 2 * 2,
         "embedder_negatives": 2,
         "embedder_hard": 2 * 2,
