@@ -59,7 +59,7 @@ def fit(
         steps, and loss (the mean over the steps of this call).
 
     Raises:
-        DivergenceError: the loss is not finite.
+        DivergenceError: a loss, a gradient or a weight is not finite.
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
@@ -85,9 +85,15 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     last = last_whole_checkpoint(scratch)
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if not all(bool(p.isfinite().all()) for p in encoder.parameters()):
+        raise _diverged(f"weights that are not finite after step {result.global_step}")
     encoder.max_seq_length = limit
     encoder.eval().save_pretrained(str(out), safe_serialization=True, create_model_card=False)
     return {"steps": float(result.global_step), "loss": float(result.training_loss)}
+
+
+def _diverged(got: str) -> DivergenceError:
+    return DivergenceError(explain(got, "finite numbers", "lower lr, or raise tau"))
 
 
 def _log_first_batch(encoder: SentenceTransformer, collator: Collator, num_rows: int) -> None:
@@ -122,6 +128,7 @@ def _arguments(config: FitConfig, num_pairs: int, scratch: Path, device: str) ->
         save_steps=config.save_every,
         save_total_limit=2,
         logging_steps=max(1, min(10, steps // 5)),
+        logging_nan_inf_filter=False,  # a loss that is not finite is to be seen below
         dataloader_drop_last=True,
         dataloader_pin_memory=False,
         report_to="none",
@@ -160,14 +167,9 @@ def _sink_callback(sink: MetricSink, name: str) -> TrainerCallback:
             **kwargs: Any,
         ) -> None:
             numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-            if not math.isfinite(numbers.get("loss", 0.0)):
-                raise DivergenceError(
-                    explain(
-                        f"loss {numbers['loss']} at step {state.global_step}",
-                        "a finite loss",
-                        "lower lr, or raise tau",
-                    )
-                )
+            for what in ("loss", "grad_norm"):
+                if not math.isfinite(numbers.get(what, 0.0)):
+                    raise _diverged(f"{what} {numbers[what]} at step {state.global_step}")
             kept = ("loss", "grad_norm", "learning_rate")
             metrics = {f"embedder/{name}/{k}": numbers[k] for k in kept if k in numbers}
             if metrics:

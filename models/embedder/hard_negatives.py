@@ -65,7 +65,8 @@ class HardNegativeLoss(nn.Module):
             for c in sentence_features
         )
         pos_B = (q_BD * pos_BD).sum(1)
-        neg_BH = torch.einsum("bd,bhd->bh", q_BD, neg_FD.reshape(len(q_BD), -1, q_BD.shape[1]))
+        # products and sums: autocast would make a matrix product bf16
+        neg_BH = (q_BD[:, None] * neg_FD.reshape(len(q_BD), -1, q_BD.shape[1])).sum(-1)
         if config.loss == "dpo":
             ref = labels["reference"].to(pos_B)
             loss = similarity_dpo(pos_B, neg_BH, ref[:, 0], ref[:, 1:], config.tau, config.beta)
@@ -76,7 +77,8 @@ class HardNegativeLoss(nn.Module):
         if config.sft_weight == 0:
             return loss
         masked = labels["masked"].to(q_BD.device)
-        anchor = infonce(q_BD, pos_BD, tau=config.tau, masked_BP=masked)
+        weight_B = labels["weight"].to(q_BD)
+        anchor = infonce(q_BD, pos_BD, tau=config.tau, masked_BP=masked, weight_B=weight_B)
         return loss + config.sft_weight * anchor
 
 
@@ -103,7 +105,7 @@ class HardNegativeCollator:
         self.config = config
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-        """Features by column, and label {"masked": [B, B], "reference": [B, 1 + H]}."""
+        """Features by column; label {"masked": [B, B], "weight": [B], "reference": [B, 1 + H]}."""
         numbers = [r["row"] for r in rows]
         batch = [self.pairs[i] for i in numbers]
         mined = [p for pair in batch for p in self.negatives[pair.query_id]]
@@ -112,7 +114,10 @@ class HardNegativeCollator:
             "positive": [product_text(self.products[p.product_id]) for p in batch],
             "negative": [product_text(self.products[p]) for p in mined],
         }
-        label = {"masked": masked_columns(batch, self.known, self.copies)}
+        label = {
+            "masked": masked_columns(batch, self.known, self.copies),
+            "weight": torch.tensor([p.weight for p in batch]),
+        }
         if self.config.loss == "dpo":
             label["reference"] = self.reference[numbers]
         return features(self.encoder, texts) | {"label": label}

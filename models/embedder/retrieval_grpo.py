@@ -198,7 +198,7 @@ def _column_scores(
     candidates_QKD = torch.stack(vectors[1:], dim=1)
     if towers == "query":
         candidates_QKD = candidates_QKD.detach()
-    return torch.einsum("qd,qkd->qk", vectors[0], candidates_QKD)
+    return (vectors[0][:, None] * candidates_QKD).sum(-1)  # autocast would make an einsum bf16
 
 
 def train_retrieval_grpo(

@@ -275,7 +275,7 @@ class Run:
         )
         if config.inner_steps == 1:
             return batch
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.device, config.bf16):
             return dataclasses.replace(batch, old_scores_QK=self._scores(batch))
 
     def _query_rows(self, number: int) -> np.ndarray:
@@ -305,7 +305,7 @@ class Run:
         return [self.pool.row_of[p] for p in ids]
 
     def _scores(self, batch: Batch) -> torch.Tensor:
-        """Live cosines [Q, K], with gradient to the towers the config names."""
+        """Live cosines [Q, K] in float32, with gradient to the towers the config names."""
         texts = [self.queries[i].text for i in batch.rows]
         q_QD = embed(self.encoder, texts, "query")
         if self.config.towers == "query":
@@ -315,7 +315,7 @@ class Run:
             products = [product_text(self.pool.products[i]) for i in distinct]
             d_UD = embed(self.encoder, products, "document")
             d_QKD = d_UD[torch.from_numpy(inverse.reshape(batch.candidates_QK.shape))]
-        return torch.einsum("qd,qkd->qk", q_QD, d_QKD)
+        return (q_QD[:, None] * d_QKD).sum(-1)  # autocast would make an einsum bf16
 
     def _update(self, batch: Batch) -> dict[str, float]:
         config = self.config
@@ -323,7 +323,7 @@ class Run:
             scores_QK = self._scores(batch)
             anchor = self._anchor_loss()
         group = retrieval_grpo(
-            scores_QK.float(),
+            scores_QK,
             batch.rewards_QK,
             batch.ref_scores_QK,
             batch.old_scores_QK,
@@ -373,6 +373,7 @@ class Run:
             embed(self.encoder, products, "document"),
             tau=self.config.tau,
             masked_BP=masked.to(self.device),
+            weight_B=torch.tensor([p.weight for p in pairs], device=self.device),
         )
 
     def _lr(self) -> float:

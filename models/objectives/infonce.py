@@ -24,7 +24,8 @@ def infonce(
 ) -> torch.Tensor:
     """-log e^{s(q,d+)/tau} / (sum_B e^{s(q,d)/tau} + sum_G e^{s(q,d)/tau}) [TaoSearchEmb s3.1].
 
-    s is the cosine. The mean over pairs, weighted by `weight_B` when given.
+    s is the cosine, in float32 under autocast too: tau is so small that bf16 would move the
+    logits by a tenth. The mean over pairs, weighted by `weight_B` when given.
 
     Args:
         q_BD, pos_BD: query i and its positive product i; any length, normalised here.
@@ -39,8 +40,9 @@ def infonce(
     0.3133
     """
     pool_PD = pos_BD if global_ND is None else torch.cat([pos_BD, global_ND])
-    q_BD, pool_PD = functional.normalize(q_BD, dim=-1), functional.normalize(pool_PD, dim=-1)
-    score_BP = (q_BD @ pool_PD.T).float() / tau
+    with torch.autocast(q_BD.device.type, enabled=False):
+        q_BD = functional.normalize(q_BD.float(), dim=-1)
+        score_BP = q_BD @ functional.normalize(pool_PD.float(), dim=-1).T / tau
     target_B = torch.arange(len(q_BD), device=q_BD.device)
     if masked_BP is not None:
         masked_BP = masked_BP.clone()

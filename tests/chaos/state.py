@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lancedb.table import Table
 
-TIMED = re.compile(r"^stage/|latency|duration|(_s|_ms|per_s|step_time|rollout_share)$")
-"""Metrics that two undisturbed runs do not share."""
+TIMED = re.compile(
+    r"^stage/|latency|duration|(_s|_ms|per_s|step_time|rollout_share)$"
+    r"|^judge/pairs_computed$|^judge_cache/hit_rate$"
+)
+"""Metrics that two undisturbed runs do not share, and those of the judge's cache on disk, which
+keeps what a killed run had computed."""
 DATED = "data_docs/"
 """Great Expectations' pages hold the time of the validation."""
 TABLE = "products.lance"

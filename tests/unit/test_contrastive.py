@@ -21,7 +21,7 @@ from models.embedder.contrastive import (
 from models.embedder.encoder import encode, load_encoder, prepare_encoder
 from models.embedder.pairs import Copies, PositivePair, masked_columns, positive_pairs
 from models.embedder.tiny import build_tiny_encoder
-from models.errors import ConfigError, DataContractError, WeightsError
+from models.errors import ConfigError, DataContractError, DivergenceError, WeightsError
 from models.lm.tiny import build_tiny_lm
 from models.metrics import ListSink
 from models.objectives.infonce import infonce
@@ -324,6 +324,36 @@ def top1(folder: Path, store: Store) -> float:
             [ids[b].split("-")[1] == q.split("-")[2] for b, q in zip(best, queries, strict=True)]
         )
     )
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_a_run_that_diverges_saves_no_encoder(
+    store: Store,
+    encoder_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    """A loss that is not finite is seen; so are weights that went after the last logged step."""
+    config = FAST.model_copy(update={"steps": 4})
+    original = ContrastiveLoss.forward
+    calls = 0
+
+    def lost(self: ContrastiveLoss, *args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = original(self, *args)
+        if where == "loss" and calls == 2:
+            return loss * float("nan")
+        if where == "weights" and calls == 4:
+            next(self.model.parameters()).data[:] = float("inf")
+        return loss
+
+    monkeypatch.setattr(ContrastiveLoss, "forward", lost)
+    out, scratch = tmp_path / "out", tmp_path / "s"
+    with pytest.raises(DivergenceError, match=f"{where}.*not finite|{where} nan at step 2"):
+        train_contrastive(str(encoder_dir), store, config, out, scratch, ListSink())
+    assert not out.exists()
 
 
 def test_resumed_equals_straight(

@@ -151,7 +151,7 @@ def test_the_module_is_the_loss_of_its_texts(store: Store, encoder_dir: Path, ki
     """At the start: DPO is log 2; the others are computed from the cosines of the texts."""
     encoder = load_encoder(str(encoder_dir))
     config = FAST.model_copy(update={"loss": kind, "sft_weight": 0.5})
-    pairs = [PositivePair("q-sofa", "acme-sofa", 1.0), PositivePair("q-lamp", "acme-lamp", 1.0)]
+    pairs = [PositivePair("q-sofa", "acme-sofa", 1.0), PositivePair("q-lamp", "acme-lamp", 1 / 3)]
     collator = HardNegativeCollator(encoder, store, pairs, NEGATIVES, config)
     batch = collator([{"row": 0}, {"row": 1}])
     columns = [
@@ -173,7 +173,8 @@ def test_the_module_is_the_loss_of_its_texts(store: Store, encoder_dir: Path, ki
         "margin": margin_ranking(pos_B, neg_BH, config.margin),
         "dpo": torch.tensor(math.log(2)),
     }[kind]
-    expected = expected + 0.5 * infonce(q, pos, tau=config.tau)
+    weights = torch.tensor([1.0, 1 / 3])
+    expected = expected + 0.5 * infonce(q, pos, tau=config.tau, weight_B=weights)
     assert got.item() == pytest.approx(expected.item(), abs=1e-4)
 
 

@@ -71,3 +71,12 @@ def test_equal_to_multiple_negatives_ranking_loss() -> None:
     theirs = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=1 / tau)
     expected = theirs.compute_loss_from_embeddings([q, pos], None)
     assert infonce(q, pos, tau=tau).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_bf16_autocast_does_not_touch_the_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q_BD, pos_BD = torch.randn(2, 8, 32, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = infonce(q_BD, pos_BD)
+    assert inside.dtype == torch.float32
+    assert inside.item() == pytest.approx(infonce(q_BD, pos_BD).item(), abs=1e-6)

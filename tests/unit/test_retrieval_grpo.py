@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,30 @@ def test_every_switch_runs(
     assert np.isfinite(sink.series("embedder/rgrpo/loss")).all()
 
 
+def test_rho_is_one_on_the_first_inner_step_in_bf16_too(
+    store: Store,
+    encoder_dir: Path,
+    quality: Quality,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("models.lm.precision.has_bf16", lambda device: True)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = retrieval_run.retrieval_grpo
+
+    def loss(scores_QK: torch.Tensor, *args: Any, **kwargs: Any) -> GroupLoss:
+        seen.append((scores_QK.detach(), args[2]))
+        return original(scores_QK, *args, **kwargs)
+
+    monkeypatch.setattr(retrieval_run, "retrieval_grpo", loss)
+    update = {"steps": 4, "lr": 1e-3, "bf16": True, "inner_steps": 2}
+    config = FAST.model_copy(update=update)
+    folders = tmp_path / "out", tmp_path / "s"
+    train_retrieval_grpo(str(encoder_dir), store, [quality], config, *folders, ListSink())
+    assert [torch.equal(now, old) for now, old in seen] == [True, False, True, False]
+    assert all(now.dtype == torch.float32 for now, _ in seen)
+
+
 @contextmanager
 def dying_at_step(step: int) -> Iterator[None]:
     """Training inside is cut off, as by Ctrl-C, when it comes to the loss of `step`."""
@@ -607,3 +632,28 @@ def test_the_anchor_has_the_events_it_is_told_to_and_masks_what_was_cut(
     judged = 2 * len(KINDS) * len(MAKERS)
     assert len(run.anchor) == (pairs or judged + 2 * events)
     assert ({"acme-lamp", "acme-rug"} <= run.known["q0-sofa"]) is events
+
+
+def test_the_anchor_weighs_its_pairs(
+    store: Store,
+    encoder_dir: Path,
+    quality: Quality,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(str(encoder_dir), store, [quality], FAST, tmp_path, ListSink(), "cpu")
+    plain = run._anchor_loss().item()
+    run.anchor = [replace(p, weight=1 / 3) for p in run.anchor]
+    assert run._anchor_loss().item() == pytest.approx(plain), "equal weights are none"
+    kind = run.anchor[0].query_id.split("-")[1]
+    run.anchor = [replace(p, weight=float(p.query_id.endswith(kind))) for p in run.anchor]
+    taken: list[torch.Tensor] = []
+    original = retrieval_run.infonce
+
+    def infonce(*args: Any, weight_B: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        taken.append(weight_B)
+        return original(*args, weight_B=weight_B, **kwargs)
+
+    monkeypatch.setattr(retrieval_run, "infonce", infonce)
+    assert run._anchor_loss().item() != pytest.approx(plain)
+    assert 0 < taken[0].mean() < 1
