@@ -17,6 +17,7 @@ from models.errors import ConfigError, explain
 from models.evaluation.gate import Decision, GateConfig, Outcome, Reason
 from tasks.artifacts import ArtifactStore
 from tasks.gate import Call, Verdict, compare, config_of, record
+from tasks.registry import CHAMPION
 from tasks.release import (
     Action,
     Moved,
@@ -27,6 +28,7 @@ from tasks.release import (
     promote,
     register_candidates,
     registered_rows,
+    release_of,
     rollback,
     serve_champion,
     version_rows,
@@ -156,10 +158,14 @@ def _promote(
     config: GateConfig,
     artifacts: ArtifactStore,
 ) -> tuple[Verdict, Action | None]:
-    """Promote, or hold where another run was quicker."""
-    moved = promote(name, verdict.candidate, verdict.champion, action, reason, artifacts=artifacts)
+    """Promote, or hold where another run was quicker; one just like this one has done its work."""
+    candidate = verdict.candidate
+    moved = promote(name, candidate, verdict.champion, action, reason, artifacts=artifacts)
     if moved is Moved.DONE:
         return verdict, action
+    now = release_of(name, CHAMPION, artifacts=artifacts)
+    if now is not None and now.fingerprints == candidate.fingerprints:
+        return compare(name, candidate, config, artifacts=artifacts, call=Stage.make), None
     late = Reason(
         "champion unchanged meanwhile",
         "no",
@@ -168,7 +174,7 @@ def _promote(
         False,
         note="another run promoted while this one compared; the next run compares with that",
     )
-    held = Verdict(verdict.candidate, verdict.champion, verdict.decision.but(late))
+    held = Verdict(candidate, verdict.champion, verdict.decision.but(late))
     record(name, held, config, artifacts=artifacts)
     return held, None
 

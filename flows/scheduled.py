@@ -88,6 +88,7 @@ def retrain_embedder(chain: Chain) -> ReleaseResult:
     """Contrastive SFT and Retrieval-GRPO on today's data, with the champion judge as the reward."""
     config = chain.config
     (judge,) = _champions(config.name, "judge")
+    _may_teach(config.name, config.gate.min_kappa)
     with data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
         store = prepare_data(config.data)
         made = train_embedder(config.embedder, store, judge)
@@ -143,6 +144,25 @@ def _champions(name: str, *roles: str) -> list[ArtifactRef]:
             raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
         refs.append(found.ref)
     return refs
+
+
+def _may_teach(name: str, floor: float) -> None:
+    """The champion judge agrees with people well enough to be a reward; the first champion need
+    not, and what it taught would be held after all the training.
+
+    Raises:
+        ArtifactError: its kappa is below the floor.
+    """
+    judge = champion(model_name(name, "judge"), store=artifacts_of(name))
+    kappa = None if judge is None else judge.metrics.get("kappa")
+    if judge is not None and kappa is not None and kappa < floor:
+        raise ArtifactError(
+            explain(
+                f"{judge.name} version {judge.version} with kappa {kappa:.3f} against humans",
+                f"at least gate.min_kappa = {floor} of a judge that is to be the reward",
+                "train a better judge (retrain-judge), or lower gate.min_kappa",
+            )
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow.parquet as pq
 
+from models.errors import DataContractError, explain
 from models.schemas import QUARANTINE_FILE
 from models.sources import SourceConfig
 from models.split import SplitConfig
@@ -25,13 +26,20 @@ def ingest(
     """Read the source files, set faulty rows aside, and split the queries by their hash.
 
     content: digest of the source files, so that changed files are a changed artifact.
+
+    Raises:
+        DataContractError: they are not those of `content` any more.
     """
     from dataclasses import replace
 
-    from models.sources import load
+    from models.sources import digest, load
     from models.split import assign
 
     loaded = load(source, ctx.settings.data_dir)
+    if digest(source, ctx.settings.data_dir) != content:
+        got = f"source files of {source.kind} that changed while they were read"
+        do = "let the export move finished files into place, then run again"
+        raise DataContractError(explain(got, "files at rest", do))
     judged = set(loaded.store.judgments["query_id"].to_pylist())
     queries = assign(loaded.store.queries, split, judged)
     store = replace(loaded.store, queries=queries)

@@ -402,6 +402,15 @@ def test_a_run_that_was_overtaken_holds_and_says_so(shop: Path) -> None:
     now = release_of("shop", "candidate", artifacts=artifacts())
     assert now is not None and now.parts["index"].tags["decision"].startswith("hold ")
 
+    # a run of the very same settings was quicker: nothing is wrong with what it made
+    champion = release_of("shop", "champion", artifacts=artifacts())
+    assert champion is not None
+    late = Verdict(champion, None, Decision.of([]))
+    same, action = _promote("shop", late, Action.FIRST, "", GateConfig(), artifacts())
+    assert action is None and "nothing to do" in same.decision.summary
+    now = release_of("shop", "champion", artifacts=artifacts())
+    assert now is not None and now.parts == champion.parts, "its versions are tagged as before"
+
 
 # users' mistakes
 

@@ -31,6 +31,12 @@ def test_judge_or_retriever_alone_is_completed_by_the_champion(chain: Finished) 
             assert released.action is None and "nothing to do" in released.decision.summary
 
 
+def test_a_champion_that_disagrees_with_people_teaches_nobody(chain: Finished) -> None:
+    strict = CHAIN.model_copy(update={"changes": (*SMALLER, "gate.min_kappa=0.99")})
+    with at_home(chain.home), pytest.raises(ArtifactError, match=r"kappa -?0\.\d+ .*0\.99"):
+        retrain_embedder(strict)
+
+
 def test_champions_are_measured_and_nothing_is_registered(chain: Finished) -> None:
     with at_home(chain.home):
         tables = evaluate_champion(CHAIN)

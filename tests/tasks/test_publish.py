@@ -16,7 +16,7 @@ from models.index.config import IndexConfig, RefreshConfig
 from models.index.published import PublishedIndex
 from models.metrics import ListSink
 from models.schemas import PRODUCTS
-from models.sources import TablesSource
+from models.sources import TablesSource, digest
 from models.split import SplitConfig
 from models.types import Product
 from tasks import publish as module
@@ -179,7 +179,8 @@ def test_a_product_that_todays_data_holds_with_a_fault_stays(
     graded = "q1,p1,4\nq2,p1,3\nq3,p1,2\n"
     (tmp_path / "judgments.csv").write_text(f"query_id,product_id,grade\n{graded}")
     monkeypatch.setenv("RELEARN_DATA_DIR", str(tmp_path))
-    today = ingest.make(source=TablesSource(), split=SplitConfig(), content="")
+    content = digest(TablesSource(), tmp_path)
+    today = ingest.make(source=TablesSource(), split=SplitConfig(), content=content)
     _, counts = refresh_to("shop", today, RefreshConfig())
     assert (counts.deleted, counts.refused) == (1, 2)
     index, _ = open_published("shop")
