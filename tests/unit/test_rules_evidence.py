@@ -136,7 +136,7 @@ def test_a_misspelt_word_is_found_and_a_like_one_is_not(a: str, b: str, found: b
     assert bool(gather(Query("q", a), Product("p", b)).found) == found
 
 
-def test_closeness_is_symmetric_and_one_for_equal_words_alone() -> None:
+def test_closeness_is_symmetric_and_one_for_equal_words() -> None:
     words = ["sofa", "sofas", "a", "12", "12.5", "leather", "lether"]
     for a in words:
         for b in words:
@@ -169,6 +169,13 @@ def test_overlap_weighs_words_by_how_rare_they_are() -> None:
 def test_overlap_says_where_the_last_word_stands(title: str, last: str) -> None:
     found = gather(Query("q", "red sofa"), Product("p", title), weights=WordWeights(9, {}))
     assert found.overlap is not None and found.overlap.last == last
+
+
+def test_another_word_of_the_same_trigrams_is_close_and_not_there() -> None:
+    assert closeness("xxxxl", "xxxl") == 1.0
+    shirt = Product("p", "Cotton shirt XXXL")
+    overlap = gather(Query("q", "shirt xxxxl"), shirt, weights=WordWeights(9, {})).overlap
+    assert overlap is not None and overlap.last == "close"
 
 
 def test_overlap_of_neighbours_numbers_and_the_rarest_word() -> None:
