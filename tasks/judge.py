@@ -47,7 +47,7 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="7")
+@stage(name="judge_prompt", kind="judge", code_version="8")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format, the training queries' kinds, the catalogue's word weights, and what words
     alone say of the grade.
@@ -63,7 +63,7 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     spec.write(ctx.out)
 
 
-@stage(name="judge_teacher", kind="data", code_version="3")
+@stage(name="judge_teacher", kind="data", code_version="4")
 def judge_teacher(
     ctx: StageContext,
     config: TeacherConfig,
