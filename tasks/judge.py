@@ -91,7 +91,7 @@ def judge_teacher(
     )
 
 
-@stage(name="judge_cot_sft", kind="judge", code_version="4")
+@stage(name="judge_cot_sft", kind="judge", code_version="5")
 def judge_cot_sft(
     ctx: StageContext,
     config: SftConfig,
@@ -170,7 +170,7 @@ def judge_pass_at_n(
     return counts
 
 
-@stage(name="judge_dpo", kind="judge", code_version="1")
+@stage(name="judge_dpo", kind="judge", code_version="2")
 def judge_dpo(
     ctx: StageContext,
     config: DpoConfig,
