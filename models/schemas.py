@@ -17,7 +17,7 @@ queries       query_id    unique key
               split       train | validation | test; written by the split stage, never by a source
 judgments     query_id, product_id   together the key; both must exist
               grade       1..4
-              rater_grades  the single raters' grades on that scale (may be fractional), optional
+              rater_grades  the single raters' grades, each 1..4 (may be fractional), optional
               weight      > 0, optional (null reads as 1)
               reasoning   a human's or a teacher's words, optional
               verdict_category, verdict_attributes  gold step verdicts, optional

@@ -66,7 +66,7 @@ def plain_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in plain).split())
 
 
-def product_text(product: Product, max_chars: int = 400) -> str:
+def product_text(product: Product, max_chars: int | None = 400) -> str:
     """A product on one line: title, brand, leaf category, attributes, price; cut at `max_chars`.
 
     A brand or category already in the title is not repeated.

@@ -32,7 +32,7 @@ class RetrievalEvalConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     ks: tuple[int, ...] = (10, 100)
-    """Cut-offs of Recall, Hitrate, Goodrate and judged."""
+    """Cut-offs of Recall, Hitrate and judged; Goodrate is of the first 10."""
     depth: int = Field(100, ge=10, validate_default=True)
     """Products ranked a query; raised to the largest of `ks`, which a shorter run would belie."""
     judged_queries: int = Field(48, ge=0)

@@ -47,7 +47,7 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="7")
+@stage(name="judge_prompt", kind="judge", code_version="8")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format, the training queries' kinds, the catalogue's word weights, and what words
     alone say of the grade.
@@ -63,7 +63,7 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     spec.write(ctx.out)
 
 
-@stage(name="judge_teacher", kind="data", code_version="3")
+@stage(name="judge_teacher", kind="data", code_version="4")
 def judge_teacher(
     ctx: StageContext,
     config: TeacherConfig,
@@ -91,7 +91,7 @@ def judge_teacher(
     )
 
 
-@stage(name="judge_cot_sft", kind="judge", code_version="4")
+@stage(name="judge_cot_sft", kind="judge", code_version="5")
 def judge_cot_sft(
     ctx: StageContext,
     config: SftConfig,
@@ -170,7 +170,7 @@ def judge_pass_at_n(
     return counts
 
 
-@stage(name="judge_dpo", kind="judge", code_version="1")
+@stage(name="judge_dpo", kind="judge", code_version="2")
 def judge_dpo(
     ctx: StageContext,
     config: DpoConfig,

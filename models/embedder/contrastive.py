@@ -159,8 +159,9 @@ class PairCollator:
         return [self.catalogue[i] for i in picks]
 
     def _labels(self, batch: Sequence[PositivePair], negatives: list[str]) -> dict[str, Any]:
-        known = self.known if self.config.mask_false_negatives else {}
-        masked = masked_columns(batch, known, self.copies, negatives)
+        masked = torch.zeros(len(batch), len(batch) + len(negatives), dtype=torch.bool)
+        if self.config.mask_false_negatives:
+            masked = masked_columns(batch, self.known, self.copies, negatives)
         weight = torch.tensor([p.weight for p in batch], dtype=torch.float32)
         return {"masked": masked, "weight": weight}
 

@@ -36,7 +36,8 @@ class IndexConfig(BaseModel):
     full_text: bool = True
     """Whether a full-text index over title, brand, category and attributes is built."""
     max_text_chars: int = Field(default=400, ge=20)
-    """Product text is cut here, in characters."""
+    """Product text is cut here, in characters. Contrastive SFT and R-GRPO train on the first 400:
+    another number shows the encoder texts of another length than it was trained on."""
     dim: int | None = Field(default=None, ge=1)
     """Numbers of a vector that are kept, the first ones; for encoders trained with those
     `matryoshka_dims`. Queries are cut alike. None: all."""

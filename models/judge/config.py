@@ -23,9 +23,9 @@ class PromptConfig(BaseModel):
     """Rule base: a name in models/rules or a path to your own .json."""
     evidence: bool = True
     """Add the found / missing / excluded / price lines (ours; small judges need them)."""
-    max_item_chars: int = 220
+    max_item_chars: int = Field(220, ge=1)
     """Longest product line, in characters."""
-    max_query_chars: int = 160
+    max_query_chars: int = Field(160, ge=1)
     """Longest query, in characters."""
     order: Order = "respond_then_think"
     """post-CoT ships; think-then-respond is the paper's ablation [TaoSR1 s3.1]; label_only states

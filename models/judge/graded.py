@@ -6,6 +6,7 @@ and tier of each row, in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,10 @@ def grade_pairs(
 
 
 def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, Product]:
-    """Row number `index` of `source` as a pair.
+    """Row number `index` of `source` as a pair; a price of NaN is none.
 
     Raises:
-        DataContractError: an empty query or title, or a column of another type.
+        DataContractError: an empty query or title, a column of another type, an infinite price.
     """
     for name in ("query", "title"):
         if not isinstance(row[name], str) or not row[name].strip():
@@ -76,6 +77,10 @@ def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, 
             got = f"{name} {value!r} in row {index} of {source}"
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise DataContractError(explain(got, expected, f"convert the column {name}"))
+    price = row.get("price")
+    if price is not None and math.isinf(price):
+        got = f"price {price!r} in row {index} of {source}"
+        raise DataContractError(explain(got, "a finite number", "drop or repair that price"))
     return Query(f"row:{index}", row["query"]), Product(
         f"row:{index}",
         row["title"],
@@ -83,5 +88,5 @@ def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, 
         brand=row.get("brand") or "",
         category=row.get("category") or "",
         attributes=dict(row.get("attributes") or {}),
-        price=row.get("price"),
+        price=None if price is None or math.isnan(price) else price,
     )

@@ -43,7 +43,8 @@ class PairText:
 
     def item(self, query: Query, product: Product) -> tuple[str, str]:
         """The item's line with its evidence lines, and the evidence in one closing line or ""."""
-        text = " ".join(self.plain(product_text(product)).split())[: self.config.max_item_chars]
+        whole = self.plain(product_text(product, max_chars=None))
+        text = " ".join(whole.split())[: self.config.max_item_chars]
         if not self.config.evidence:
             return text, ""
         evidence, estimate = self.spec.evidence(query, product)

@@ -126,7 +126,8 @@ class JudgeTrainer(Trainer):
     ) -> torch.Tensor:
         """Backward through every part of the stage's loss; stops when one is not finite.
 
-        The parts of one batch add up; batches are averaged over the accumulation steps.
+        The parts of one batch add up; batches are averaged over those of the optimiser step,
+        of which the last may have fewer.
         """
         model.train()
         total = torch.zeros((), device=self.args.device)
@@ -134,8 +135,9 @@ class JudgeTrainer(Trainer):
             if not torch.isfinite(loss):
                 raise self.diverged(f"loss {loss.item()}")
             self.means.add(metrics)
-            self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
-            total += loss.detach() / self.args.gradient_accumulation_steps
+            share = loss / self.current_gradient_accumulation_steps
+            self.accelerator.backward(share)
+            total += share.detach()
         return total
 
     def diverged(self, what: str) -> DivergenceError:

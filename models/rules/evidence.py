@@ -174,7 +174,7 @@ def _overlap(
     both = [stem for stem in dict.fromkeys(stems) if stem in there]  # in order: sums must not vary
     whole = sum(weights.weight(term) for term in have)
     last: Literal["early", "late", "close", "missing"] = "missing"
-    if near[-1] == 1.0:
+    if stems[-1] in there:
         last = "early" if have.index(stems[-1]) < EARLY * len(have) else "late"
     elif near[-1] > FOUND:
         last = "close"

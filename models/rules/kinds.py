@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.rules.wishes import wishes_of
+from models.rules.words import MAX_WORDS
 from models.text import terms
 from models.types import RELEVANT_GRADE, Pair, Product, Query
 
@@ -186,7 +187,10 @@ def _asked_terms(query: Query) -> tuple[str, ...]:
 def _typical(
     products: Iterable[Product], categories: Container[str]
 ) -> dict[str, dict[str, float]]:
-    """{term: {category: share of the category's products with the term, over that of all}}."""
+    """{term: {category: share of the category's products with the term, over that of all}}.
+
+    The MAX_WORDS terms in most titles, ties by the term.
+    """
     size: Counter[str] = Counter()
     having: dict[str, Counter[str]] = defaultdict(Counter)
     for product in products:
@@ -195,8 +199,8 @@ def _typical(
             for term in terms(product.title):
                 having[term][product.category] += 1
     typical = {}
-    for term, counts in having.items():
-        shares = Counter({c: n / size[c] for c, n in counts.items()})
+    for term in sorted(having, key=lambda t: (-having[t].total(), t))[:MAX_WORDS]:
+        shares = Counter({c: n / size[c] for c, n in having[term].items()})
         whole = sum(shares.values())
         typical[term] = {c: s / whole for c, s in shares.most_common(TITLE_CATEGORIES)}
     return typical

@@ -29,7 +29,21 @@ _ALTERNATIVE = re.compile(
 )
 """The brand that is named is the one not wanted."""
 _FREE = re.compile(r"\b([\w]+)-free\b", re.I)
-_LIMIT = re.compile(r"\b(?:under|below|less than|max|up to)\s*[$]?\s*(\d+(?:\.\d+)?)", re.I)
+_NUMBER = r"((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
+_END = r"(?!\w|[.,]\d)"
+_BEFORE = r"(?:[$€£]|(?:usd|eur|gbp)\b)\s*"
+_AFTER = r"\s*(?:[$€£](?!\s*\d)|(?:dollars?|usd|euros?|eur|gbp)\b)"
+_UNIT = (
+    r"[\s-]*(?:feet|foot|ft|inch(?:es)?|cm|mm|met(?:er|re)s?|sq|gal(?:lons?)?|lit(?:er|re)s?|ml"
+    r"|oz|ounces?|lbs?|pounds?|kg|grams?|gb|tb|mah|watts?|volts?|amps?|years?|months?|hours?)\b"
+)
+_LIMIT = re.compile(
+    rf"\b(?:under|below|less than|max|up to)\s*"
+    rf"(?:{_BEFORE}{_NUMBER}(?:{_AFTER})?{_END}|{_NUMBER}{_AFTER})"
+    rf"|\b(?:under|below|less than)\s*{_NUMBER}{_END}(?!{_UNIT})",
+    re.I,
+)
+"""A price: "max" and "up to" need a currency, the others just a number without a unit."""
 _WORDS = re.compile(r"\d+(?:[.,]\d+)?|[^\W\d_]+")
 _MARKERS = frozenset(
     "not no without except non free under below less than max up cheaper cheap affordable budget "
@@ -58,11 +72,11 @@ limit=60.0, alternative=False)
     """
     excluded = {m.lower() for m in _EXCLUDED.findall(text) + _FREE.findall(text)}
     limit = _LIMIT.search(text)
+    rest = text if limit is None else f"{text[: limit.start()]} {text[limit.end() :]}"
     words: dict[str, str] = {}
-    for word in _WORDS.findall(_ANY.sub(" ", text.lower())):
+    for word in _WORDS.findall(_ANY.sub(" ", rest.lower())):
         stems = terms(word)
-        number = limit is not None and word == limit.group(1)
-        if stems and not number and word not in _MARKERS and word not in excluded:
+        if stems and word not in _MARKERS and word not in excluded:
             words.setdefault(stems[0], word)
     out = tuple((w, terms(w)[0]) for w in sorted(excluded) if terms(w))
     asked = tuple((w, s) for s, w in words.items())
@@ -70,4 +84,4 @@ limit=60.0, alternative=False)
 
 
 def _number(match: re.Match[str] | None) -> float | None:
-    return float(match.group(1)) if match else None
+    return float(match[match.lastindex or 0].replace(",", "")) if match else None

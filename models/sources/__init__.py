@@ -71,7 +71,7 @@ class TablesSource(_Config):
     encoding: str = "utf-8"
     """Encoding of the CSV files."""
     grade_offset: int = 0
-    """Added to every grade: 1 for a store graded 0..3."""
+    """Added to every grade, each rater's too: 1 for a store graded 0..3."""
 
 
 SourceConfig = Annotated[

@@ -253,6 +253,7 @@ def _judgments(table: pa.Table, done: Mapping[str, pa.Table]) -> Faults:
         *_missing(table, "query_id", "product_id"),
         ("unknown_grade", ~_mask(pc.is_in(table["grade"], pa.array(GRADES, pa.int8())))),
         *_dangling(table, done),
+        ("bad_rater_grades", _bad_raters(table["rater_grades"])),
         ("bad_weight", _mask(pc.less_equal(table["weight"], 0.0))),
         ("unknown_verdict", _unknown(table["verdict_category"], [c.value for c in Category])),
         ("text_too_long", _long(table["reasoning"])),
@@ -285,6 +286,16 @@ def _long(column: pa.ChunkedArray) -> np.ndarray:
 
 def _outside(column: pa.ChunkedArray, low: float, high: float) -> np.ndarray:
     return _mask(pc.or_(pc.less(column, low), pc.greater(column, high)))
+
+
+def _bad_raters(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] bool: one of the row's raters gave no grade, or one that is not on the scale."""
+    lists = column.combine_chunks()
+    grades = pc.list_flatten(lists)
+    on_scale = pc.and_(pc.greater_equal(grades, GRADES[0]), pc.less_equal(grades, GRADES[-1]))
+    bad = np.zeros(len(column), bool)
+    bad[pc.list_parent_indices(lists).to_numpy()[~_mask(on_scale)]] = True
+    return bad
 
 
 def _unknown(column: pa.ChunkedArray, known: list[str] | tuple[str, ...]) -> np.ndarray:

@@ -7,7 +7,9 @@ Consumes {products, queries, judgments[, interactions]}.{parquet,csv,csv.gz} wit
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -62,7 +64,19 @@ def paths(folder: Path) -> dict[str, Path]:
 
 def _shifted(table: pa.Table | pd.DataFrame, offset: int) -> pd.DataFrame:
     frame = table.to_pandas() if isinstance(table, pa.Table) else table
-    return frame.assign(grade=pd.to_numeric(frame["grade"], errors="coerce") + offset)
+    frame = frame.assign(grade=pd.to_numeric(frame["grade"], errors="coerce") + offset)
+    if "rater_grades" in frame:
+        frame["rater_grades"] = [_raters(cell, offset) for cell in frame["rater_grades"]]
+    return frame
+
+
+def _raters(cell: Any, offset: int) -> Any:
+    """The raters' grades shifted; a cell that is no list of numbers is left to be refused."""
+    try:
+        grades = json.loads(cell) if isinstance(cell, str) else cell
+        return [grade + offset for grade in grades]
+    except (TypeError, ValueError):
+        return cell
 
 
 def _quality(products: pa.Table | pd.DataFrame) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from models.rules.evidence import Evidence, gather
 from models.rules.table import leading_to
+from models.teacher.check import known_verdicts
 from models.teacher.response import Order, render_response
 from models.types import Category, Pair, Verdicts
 
@@ -20,13 +21,14 @@ MAX_ATTRIBUTES = 4
 def gold_verdicts(pair: Pair) -> Verdicts:
     """The pair's verdicts, gold or derived; never in contradiction with its grade.
 
-    Derived: grade 1 -> category mismatch; otherwise match, one attribute a query word (found ->
-    yes, missing -> no), corrected where the rule table forbids the grade: a grade 4 or 3 item
-    whose words are missing is read as a synonym (yes), a grade 2 item with all words found is a
-    related kind of thing.
+    Gold ones that contradict it are passed over. Derived: grade 1 -> category mismatch; otherwise
+    match, one attribute a query word (found -> yes, missing -> no), corrected where the rule table
+    forbids the grade: a grade 4 or 3 item whose words are missing is read as a synonym (yes), a
+    grade 2 item with all words found is a related kind of thing.
     """
-    if pair.verdicts is not None:
-        return pair.verdicts
+    known = known_verdicts(pair)
+    if known is not None:
+        return known
     if pair.grade == 1:
         return Verdicts(Category.MISMATCH)
     evidence = gather(pair.query, pair.product)

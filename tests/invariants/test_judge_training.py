@@ -55,6 +55,7 @@ from models.judge.prompt import PromptEncoder
 from models.judge.sampler import GroupSampler
 from models.judge.scoring import ScoringJudge
 from models.judge.spec import JudgeSpec
+from models.judge.trainer import JudgeTrainer
 from models.lm.rollout import Rollout
 from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM
 from models.lm.weights import load_lm, load_tokenizer
@@ -173,6 +174,16 @@ def test_two_seeded_sft_runs_are_equal(
     assert largest_gap(folder / "out", tmp_path / "out") == 0
     assert again.series("judge/cot_sft/loss") == sink.series("judge/cot_sft/loss")
     assert largest_gap(folder / "out", base) > 1e-3
+
+
+def test_a_last_step_of_fewer_batches_is_averaged_over_those(base: str, tmp_path: Path) -> None:
+    def given(net: SharedPrefixLM, batch: float) -> Any:
+        yield batch + 0 * next(net.parameters()).sum(), {}
+
+    sink, net = ListSink(), SharedPrefixLM(load_lm(base)[0], bf16=False)
+    settings: dict[str, Any] = {"config": STEP, "accumulate": 2, "scratch": tmp_path, "sink": sink}
+    JudgeTrainer(net, [1.0, 2.0, 5.0], given, stage="given", **settings).run()
+    assert sink.series("judge/given/loss") == pytest.approx([(1 + 2) / 2, 5])
 
 
 def test_sft_lowers_the_loss(base: str, pairs: list[Pair], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from models.index.build import build_index
 from models.index.config import IndexConfig
 from models.index.lance import LanceIndex
 from models.judge.config import PromptConfig
+from models.judge.graded import pair_of
 from models.judge.scoring import ScoringJudge
 from models.judge.spec import JudgeSpec
 from models.types import Product, Query
@@ -60,6 +61,15 @@ def tracking(current: Settings, monkeypatch: pytest.MonkeyPatch) -> ArtifactStor
 def champion(name: str, ref: ArtifactRef) -> Any:
     registry.set_alias(name, "champion", registry.register(name, ref))
     return mlflow.pyfunc.load_model(f"models:/{name}@champion")
+
+
+def test_a_price_that_is_no_number_is_none_and_an_infinite_one_is_refused() -> None:
+    row = {"query": "sofa", "title": "Red sofa"}
+    prices = [pair_of(0, row | {"price": v}, "the request")[1].price for v in (float("nan"), 9.5)]
+    assert prices == [None, 9.5]
+    for price in (float("inf"), -float("inf")):
+        with pytest.raises(DataContractError, match=r"price -?inf in row 3 of the request"):
+            pair_of(3, row | {"price": price}, "the request")
 
 
 def test_a_judge_answers_as_it_scores(tracking: ArtifactStore) -> None:

@@ -168,6 +168,8 @@ def test_collator_draws_and_masks(store: Store, encoder_dir: Path) -> None:
     assert not masked.diagonal().any()
     again = collator(rows)
     assert (again["negative_input_ids"] == batch["negative_input_ids"]).all()
+    config = config.model_copy(update={"mask_false_negatives": False})
+    assert not PairCollator(collator.encoder, store, pairs, config)(rows)["label"]["masked"].any()
     other = PairCollator(collator.encoder, store, pairs, config.model_copy(update={"seed": 4}))
     assert other._draw([0, 1, 7]) != collator._draw([0, 1, 7])
 

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from models.errors import ArtifactError
 from models.evaluation.tiers import CumPT
 from models.judge.config import PromptConfig
+from models.judge.prompt import PairText
 from models.judge.spec import JudgeSpec
-from tests.builders import make_pair
+from models.lm.weights import load_tokenizer
+from tests.builders import make_pair, make_tiny_judge
 
 
 def test_round_trip_with_lexicon_rules_and_threshold(tmp_path: Path) -> None:
@@ -52,6 +55,21 @@ def test_a_judge_of_an_older_version_is_refused(tmp_path: Path) -> None:
         (tmp_path / "judge.json").write_text(json.dumps(body))
         with pytest.raises(ArtifactError, match="older version"):
             JudgeSpec.read(tmp_path)
+
+
+def test_the_item_is_cut_where_the_prompt_says(tmp_path: Path) -> None:
+    pair = make_pair("sofa", "red sofa " * 100)
+    tokenizer = load_tokenizer(make_tiny_judge(tmp_path, [pair]))
+    whole = len(" ".join(pair.product.title.split()))
+    for chars, length in ((220, 220), (800, 800), (2000, whole)):
+        spec = JudgeSpec(PromptConfig(evidence=False, max_item_chars=chars))
+        assert len(PairText(tokenizer, spec).item(pair.query, pair.product)[0]) == length
+
+
+@pytest.mark.parametrize("name", ["max_item_chars", "max_query_chars"])
+def test_a_prompt_without_room_for_text_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        PromptConfig.model_validate({name: 0})
 
 
 def test_a_folder_that_is_no_judge_is_refused(tmp_path: Path) -> None:

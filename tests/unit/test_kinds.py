@@ -132,6 +132,13 @@ def test_an_unsure_lexicon_is_silent() -> None:
     assert kinds.asked(Query("new", "red")) is None
 
 
+def test_only_the_most_frequent_terms_of_titles_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = lexicon().titles
+    assert set(whole) == {"sette", "oak", "velvet", "lantern"}
+    monkeypatch.setattr("models.rules.kinds.MAX_WORDS", 3)
+    assert lexicon().titles == {t: whole[t] for t in ("oak", "sette", "lantern")}
+
+
 def test_only_so_many_queries_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.rules.kinds.REMEMBERED", 2)
     kinds = lexicon()

@@ -165,6 +165,14 @@ def test_the_teacher_uses_gold_verdicts_where_there_are() -> None:
     assert parse_response(write(pair, "respond_then_think"), "respond_then_think").verdicts == gold
 
 
+@pytest.mark.parametrize("grade", [1, 2, 3, 4])
+def test_the_teacher_passes_over_gold_verdicts_that_contradict_the_grade(grade: int) -> None:
+    wrong = make_verdicts("match") if grade <= 2 else make_verdicts("mismatch")
+    pair = make_pair(grade=grade, verdicts=wrong)
+    assert gold_verdicts(pair) == gold_verdicts(make_pair(grade=grade))
+    assert grade in allowed_grades(gold_verdicts(pair))
+
+
 def test_verdicts_are_looked_for_where_they_are_stated() -> None:
     text = (
         "2\nquery: waterproof, yes or no\nitem: Acme gum, sugar no, mint\ncategory: match\n"

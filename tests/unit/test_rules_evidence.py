@@ -14,6 +14,7 @@ from models.errors import ConfigError
 from models.rules.base import load_rules
 from models.rules.evidence import NUM_FEATURES, gather
 from models.rules.table import allowed_grades, contradicts
+from models.rules.wishes import wishes_of
 from models.rules.words import WordWeights, closeness
 from models.types import Category, Product, Query
 from tests.builders import make_verdicts
@@ -136,7 +137,7 @@ def test_a_misspelt_word_is_found_and_a_like_one_is_not(a: str, b: str, found: b
     assert bool(gather(Query("q", a), Product("p", b)).found) == found
 
 
-def test_closeness_is_symmetric_and_one_for_equal_words_alone() -> None:
+def test_closeness_is_symmetric_and_one_for_equal_words() -> None:
     words = ["sofa", "sofas", "a", "12", "12.5", "leather", "lether"]
     for a in words:
         for b in words:
@@ -171,6 +172,13 @@ def test_overlap_says_where_the_last_word_stands(title: str, last: str) -> None:
     assert found.overlap is not None and found.overlap.last == last
 
 
+def test_another_word_of_the_same_trigrams_is_close_and_not_there() -> None:
+    assert closeness("xxxxl", "xxxl") == 1.0
+    shirt = Product("p", "Cotton shirt XXXL")
+    overlap = gather(Query("q", "shirt xxxxl"), shirt, weights=WordWeights(9, {})).overlap
+    assert overlap is not None and overlap.last == "close"
+
+
 def test_overlap_of_neighbours_numbers_and_the_rarest_word() -> None:
     weights = WordWeights(99, {"red": 49, "sofa": 1, "12": 9})
     overlap = gather(
@@ -195,6 +203,41 @@ def test_evidence_of_a_price_limit(price: float | None, ok: bool | None) -> None
     evidence = gather(Query("q", "sofa under $60"), Product("p", "Sofa", price=price))
     assert (evidence.price_limit, evidence.price_ok) == (60.0, ok)
     assert evidence.found == ("sofa",) and evidence.missing == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("tv under $1,000", 1000),
+        ("tv below 1,299.99 usd", 1299.99),
+        ("tv less than € 300", 300),
+        ("tv under 300", 300),
+        ("tv max 300 dollars", 300),
+        ("tv up to £300", 300),
+        ("tv under usd 300", 300),
+    ],
+)
+def test_a_price_limit_is_read_whole_and_is_no_word(text: str, limit: float) -> None:
+    wishes = wishes_of(text)
+    assert (wishes.limit, wishes.words) == (limit, (("tv", "tv"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("nike air max 90", "90"),
+        ("nike air max 90 $100", "90"),
+        ("iphone 14 pro max 256gb", "256"),
+        ("water heater up to 50 gallon", "50"),
+        ("usb cable under 3 ft", "3"),
+        ("usb cable under 3-foot", "3"),
+        ("rug under 10x12", "10"),
+        ("drive under 1.5tb", "1.5"),
+    ],
+)
+def test_a_number_that_is_no_price_stays_a_word(text: str, number: str) -> None:
+    wishes = wishes_of(text)
+    assert wishes.limit is None and number in dict(wishes.words)
 
 
 def test_numbers_do_not_hang_on_the_hash_seed() -> None:

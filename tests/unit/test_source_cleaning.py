@@ -72,6 +72,15 @@ def test_an_unknown_grade_is_refused(grade: object) -> None:
     assert json.loads(quarantine["row"][0].as_py())["product_id"] == "p1"
 
 
+@pytest.mark.parametrize("bad", [[4, None], [float("nan")], [17], [0.5, 4], [float("inf")]])
+def test_a_judgment_with_a_rater_off_the_scale_is_refused(bad: list[float | None]) -> None:
+    frame = make_tables()["judgments"].assign(rater_grades=[[1, 2.33, 4], bad, None])
+    frame = with_row(frame, query_id="q2", product_id="p1", grade=1, rater_grades=[])
+    good, quarantine = clean(make_tables(judgments=frame))
+    assert reasons(quarantine) == {("judgments", "bad_rater_grades"): 1}
+    assert good["judgments"]["rater_grades"].to_pylist() == [[1, 2.33, 4], None, []]
+
+
 @pytest.mark.parametrize("title", ["", "   ", None, float("nan"), "nan"])
 def test_a_product_without_title_is_refused_and_its_judgments_dangle(title: object) -> None:
     frame = pd.DataFrame({"product_id": ["p1", "p2"], "title": ["Red shoe", title]}, dtype=object)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -61,6 +62,24 @@ def test_na_is_a_word_and_grades_can_be_shifted(tmp_path: Path) -> None:
     store = load(TablesSource(grade_offset=1), tmp_path).store
     assert store.queries["text"].to_pylist() == ["NA"]
     assert store.judgments["grade"].to_pylist() == [3 + 1]
+
+
+def test_raters_are_shifted_with_the_grade(tmp_path: Path) -> None:
+    rows = 'q1,p1,3,"[3, 2.5]"\nq1,p2,0,"[0, null]"\nq1,p3,0,\n'
+    write_store(
+        tmp_path,
+        products="product_id,title\np1,Red shoe\np2,Hat\np3,Sock\n",
+        judgments="query_id,product_id,grade,rater_grades\n" + rows,
+    )
+    loaded = load(TablesSource(grade_offset=1), tmp_path)
+    shifted = [[3 + 1, 2.5 + 1], None]
+    assert loaded.store.judgments["rater_grades"].to_pylist() == shifted
+    assert loaded.quarantine["reason"].to_pylist() == ["bad_rater_grades"]
+    (tmp_path / "judgments.csv").unlink()
+    frame = pd.DataFrame({"query_id": ["q1", "q1"], "product_id": ["p1", "p3"], "grade": [3, 0]})
+    frame.assign(rater_grades=[[3, 2.5], None]).to_parquet(tmp_path / "judgments.parquet")
+    loaded = load(TablesSource(grade_offset=1), tmp_path)
+    assert loaded.store.judgments["rater_grades"].to_pylist() == shifted
 
 
 def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
