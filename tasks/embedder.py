@@ -48,7 +48,7 @@ def embedder_base(ctx: StageContext, config: EncoderConfig, base: ArtifactRef) -
     prepare_encoder(weights_path(ctx, base), config, ctx.out)
 
 
-@stage(name="embedder_sft", kind="embedder", code_version="4")
+@stage(name="embedder_sft", kind="embedder", code_version="5")
 def embedder_sft(
     ctx: StageContext, config: ContrastiveConfig, base: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
