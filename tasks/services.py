@@ -368,6 +368,8 @@ def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
     from tasks.deployments import (
         deploy,
         ensure_pool,
+        held_back,
+        hold_back,
         settle_automations,
         settle_runs,
         switched_off,
@@ -375,9 +377,11 @@ def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
 
     url = env["PREFECT_API_URL"]
     ensure_pool(url)
-    off = switched_off(url)
+    off, held = switched_off(url), held_back(url)
     for line in deploy(DEPLOYMENTS, env, launch.home):
         say(f"Deployment: {line}")
+    for line in hold_back(url, held):
+        say(f"Deployment: {line}, as before")
     for line in settle_automations(url, DEPLOYMENTS, off):
         say(f"Automation: {line}")
     if not _outside(processes.marked(launch.home), launch.records, (PREFECT, MLFLOW)):
