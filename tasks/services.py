@@ -130,6 +130,8 @@ def _environment(current: Settings, prefect_port: int, mlflow_port: int) -> dict
     }
     if current.data_dir is not None:
         folders["RELEARN_DATA_DIR"] = str(current.data_dir)
+    if current.mlflow_uri:
+        folders["RELEARN_MLFLOW_URI"] = current.mlflow_uri
     path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,

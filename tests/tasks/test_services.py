@@ -319,6 +319,7 @@ def test_relative_folders_reach_the_worker_absolute(
     monkeypatch.chdir(tmp_path)
     for name, value in (("HOME", "h"), ("WEIGHTS", "w"), ("DATA_DIR", "d"), ("ARTIFACT_ROOT", "a")):
         monkeypatch.setenv(f"RELEARN_{name}", value)
+    monkeypatch.setenv("RELEARN_MLFLOW_URI", "sqlite:///mlflow.db")
     here, artifacts = settings(), settings().artifact_uri
     env = services.worker_service(here, 1, 2, 1).env
     monkeypatch.chdir("/")
@@ -328,5 +329,6 @@ def test_relative_folders_reach_the_worker_absolute(
     there = settings()
     for field in ("home", "weights_dir", "data_dir"):
         assert getattr(there, field) == getattr(here, field)
+    assert there.tracking_uri == here.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert there.artifact_uri == artifacts == f"file://{tmp_path}/a"
     assert str(there.data_dir) == f"{tmp_path}/d" and there.mlflow_pages == "http://127.0.0.1:2"
