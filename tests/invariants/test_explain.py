@@ -57,9 +57,7 @@ def scripted(
 
     def sample(_: Any, prompts: list[Any], **how: Any) -> list[list[Rollout]]:
         asked.append((how["group_size"], how["temperature"]))
-        assert prompts[0][-1][-1] == encoder.label_ids[grade - 1], (
-            "the prompt ends with it"
-        )
+        assert prompts[0][-1][-1] == encoder.label_ids[grade - 1], "the prompt ends with it"
         texts = [(greedy, -1.0)] if how["temperature"] == 0 else drawn
         return [[Rollout(encoder.response_segment(t), (logp,), True) for t, logp in texts]]
 
