@@ -31,7 +31,7 @@ from flows.release import unattended
 from flows.scheduled import Chain, evaluate_champion, retrain
 from models.errors import ConfigError, RelearnError, explain
 from models.sources import TablesSource
-from tasks.settings import settings
+from tasks.settings import prepare_environment, settings
 
 SUFFIX = "-backfill"
 """Of the name that a backfilled `retrain` registers under."""
@@ -79,6 +79,7 @@ def backfill(chain: Chain, span: Span) -> list[dict[str, Any]]:
         ConfigError: a store whose files carry no dates. DataContractError: a table without dates,
             or a day before its first row; the days before stay done.
     """
+    prepare_environment(settings())
     source = chain.config.data.source
     if not isinstance(source, TablesSource) or chain.data is None:
         got = f"a backfill of the store {chain.store} with data {chain.data}"

@@ -16,7 +16,7 @@ from models.index.config import RefreshConfig
 from tasks.artifacts import ArtifactStore
 from tasks.publish import published, refresh, refresh_to
 from tasks.release import finish_pending
-from tasks.settings import settings
+from tasks.settings import prepare_environment, settings
 from tasks.stage import MlflowSink, current_settings, pipeline
 
 Apply = Callable[..., tuple[Any, Any]]
@@ -51,6 +51,7 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
     Raises:
         ArtifactError: nothing is published. ConfigError: no such folder, too much to delete.
     """
+    prepare_environment(settings())
     config = chain.config
     _require_published(config.name)
     if delta is None:

@@ -29,7 +29,7 @@ from tasks.monitor import (
 )
 from tasks.registry import CHAMPION
 from tasks.release import Release, finish_pending, release_of
-from tasks.settings import settings
+from tasks.settings import prepare_environment, settings
 from tasks.stage import MlflowSink, pipeline
 
 PAST = "the published index is today's"
@@ -53,6 +53,7 @@ def monitor(chain: Chain) -> MonitorResult:
     Raises:
         ArtifactError: there are no champions yet, or their training data is gone.
     """
+    prepare_environment(settings())
     return watch(chain, datetime.now(UTC))
 
 

@@ -146,8 +146,21 @@ def _ask(decision: Decision) -> tuple[bool, str]:
         answer = pause_flow_run(form, timeout=wait_s, poll_interval=APPROVAL_POLL_S)
     except FlowPauseTimeout:
         log.warning("nobody answered within %d s: the candidate is held", wait_s)
+        _unpause()
         return False, ""
     return answer.promote, answer.reason or "approved in the Prefect UI"
+
+
+def _unpause() -> None:
+    """Go on after a pause that timed out: of a run that is still paused Prefect takes no end."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+    from prefect.states import Running
+
+    context = FlowRunContext.get()
+    assert context is not None and context.flow_run is not None, "called inside a flow"
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(context.flow_run.id, Running(), force=True)
 
 
 def _promote(

@@ -1,7 +1,8 @@
 """The flows that infra/prefect.yaml deploys: what a schedule can start, from values alone.
 
 Consumes a `Chain` (a form in Prefect's pages) -> produces a release that the gate decides on, or a
-measurement. Artifacts that a flow needs and does not make are the champions of the registry.
+measurement. Artifacts that a flow needs and does not make are the champions of the registry. Each
+flow prepares its environment itself: a worker that `relearn up` did not start may have set nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tasks.gate import index_config
 from tasks.judge import judge_answers
 from tasks.registry import champion
 from tasks.release import finish_pending, model_name
-from tasks.settings import settings
+from tasks.settings import prepare_environment, settings
 from tasks.stage import pipeline
 
 RUN_NAME = "{chain.store} {chain.recipe}"
@@ -68,6 +69,7 @@ class Chain(BaseModel):
 @flow(name="retrain", flow_run_name=RUN_NAME)
 def retrain(chain: Chain) -> ReleaseResult:
     """Data, judge, retriever, index, evaluation, registration, gate: the whole chain."""
+    prepare_environment(settings())
     with data_folder(chain):
         return run_pipeline(chain.config).release
 
@@ -75,6 +77,7 @@ def retrain(chain: Chain) -> ReleaseResult:
 @flow(name="retrain-judge", flow_run_name=RUN_NAME)
 def retrain_judge(chain: Chain) -> ReleaseResult:
     """CoT SFT, pass@N, DPO, GRPO, CumPT on today's data; released with the champion's retriever."""
+    prepare_environment(settings())
     config = chain.config
     _champions(config.name, "embedder", "index")  # before the training, not after
     with data_folder(chain), pipeline(f"retrain-judge {config.name}", config.name):
@@ -86,6 +89,7 @@ def retrain_judge(chain: Chain) -> ReleaseResult:
 @flow(name="retrain-embedder", flow_run_name=RUN_NAME)
 def retrain_embedder(chain: Chain) -> ReleaseResult:
     """Contrastive SFT and Retrieval-GRPO on today's data, with the champion judge as the reward."""
+    prepare_environment(settings())
     config = chain.config
     (judge,) = _champions(config.name, "judge")
     _may_teach(config.name, config.gate.min_kappa)
@@ -101,6 +105,7 @@ def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
 
     The index is built as the champion's was.
     """
+    prepare_environment(settings())
     config = chain.config
     judge, encoder, served = _champions(config.name, "judge", "embedder", "index")
     with data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):

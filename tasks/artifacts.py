@@ -444,17 +444,26 @@ class ArtifactStore:
     def manifest(self, run: Run) -> dict[str, Json] | None:
         """The run's manifest, or None when there is none or it cannot be read."""
         root = local_path(run.info.artifact_uri)
+        path = self._remote_manifest(run.info.run_id) if root is None else root / MANIFEST
         try:
-            if root is None:
-                folder = self.settings.home / "cache" / "manifests" / run.info.run_id
-                folder.mkdir(parents=True, exist_ok=True)
-                path = Path(self.client.download_artifacts(run.info.run_id, MANIFEST, str(folder)))
-            else:
-                path = root / MANIFEST
-            manifest = json.loads(path.read_text())
+            manifest = json.loads(path.read_text()) if path else None
         except (OSError, ValueError):
             return None
         return manifest if isinstance(manifest, dict) and "files" in manifest else None
+
+    def _remote_manifest(self, run_id: str) -> Path | None:
+        """The manifest, fetched; None: the store answers and holds none."""
+        from mlflow.exceptions import MlflowException
+
+        folder = self.settings.home / "cache" / "manifests" / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return Path(self.client.download_artifacts(run_id, MANIFEST, str(folder)))
+        except (MlflowException, OSError):
+            # how a missing file is said differs from store to store; a list is the same everywhere
+            if any(item.path == MANIFEST for item in self.client.list_artifacts(run_id)):
+                raise
+            return None
 
     def ref(self, run: Run) -> ArtifactRef:
         """The reference of a finished run, from its tags."""

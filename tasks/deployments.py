@@ -2,7 +2,7 @@
 
 Consumes the address of a Prefect server -> produces a process pool, the deployments of
 infra/prefect.yaml with the automations that run them when the monitor asks, and a run list without
-runs that no process works on any more.
+runs that no process works on any more. What a person paused or switched off stays so.
 
 Catch-up of missed schedules: of a deployment's scheduled runs that came due while nothing was up,
 the newest runs at once and the older ones are cancelled with that reason. Runs that a person asked
@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,47 @@ def settle_automations(url: str, file: Path, off: Collection[str]) -> list[str]:
             if name in off:
                 client.pause_automation(found[name].id)
             said.append(f"{name}{', switched off' if name in off else ''}")
+    return said
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a person has switched off of one deployment."""
+
+    paused: bool
+    schedules: tuple[Any, ...]
+    """Its inactive schedules."""
+    all_schedules: bool
+    """Whether it has no other ones."""
+
+
+def held_back(url: str) -> dict[str, Held]:
+    """Per deployment that is paused or has inactive schedules, by name: what is switched off."""
+    held = {}
+    with _client(url) as client:
+        for found in client.read_deployments():
+            off = tuple(s.schedule for s in found.schedules if not s.active)
+            if found.paused or off:
+                held[found.name] = Held(found.paused, off, len(off) == len(found.schedules))
+    return held
+
+
+def hold_back(url: str, held: Mapping[str, Held]) -> list[str]:
+    """Switch off again what `held` names: a deployment that is registered again runs, and has new
+    schedules, all active. Returns a line for each that was switched off."""
+    said = []
+    with _client(url) as client:
+        for found in client.read_deployments():
+            before = held.get(found.name)
+            if before is None:
+                continue
+            if before.paused and not found.paused:
+                client.pause_deployment(found.id)
+                said.append(f"{found.name}, paused")
+            for new in found.schedules:
+                if new.active and (before.all_schedules or new.schedule in before.schedules):
+                    client.update_deployment_schedule(found.id, new.id, active=False)
+                    said.append(f"{found.name}, a schedule switched off")
     return said
 
 

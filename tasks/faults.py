@@ -64,7 +64,8 @@ _TEXTS = (
     (
         Fault.SILENT,
         r"timed out|max retries exceeded|connection (refused|reset|aborted)"
-        r"|server closed the connection|connection to server .* failed",
+        r"|server closed the connection|connection to server .* failed"
+        r"|failed to reach API at|all connection attempts failed|server disconnected",
     ),
 )
 _CODES = {
@@ -107,6 +108,9 @@ def told(error: BaseException, current: Settings) -> StoreError | None:
     if fault is not None and any(_of_prefect(link) for link in _chain(error)):
         where = current.prefect_api_url and masked(current.prefect_api_url)
         where = where or f"Prefect's server on {current.home / PREFECT_DB}"
+        url = os.environ.get("PREFECT_API_URL")
+        if fault is Fault.SILENT and url:
+            where = f"Prefect's server at PREFECT_API_URL={masked(url)}"
         return _say(fault, error, current, where, 0.0)
     return None
 
@@ -261,7 +265,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _of_prefect(error: BaseException) -> bool:
-    return type(error).__module__.startswith("prefect") or "Prefect" in str(error)
+    words = ("Prefect", "Failed to reach API at")
+    named = type(error).__module__.startswith("prefect") or any(w in str(error) for w in words)
+    url = os.environ.get("PREFECT_API_URL")
+    return named or bool(url and _asked(error).startswith(url))
+
+
+def _asked(error: BaseException) -> str:
+    """The address that an error of httpx is about, "" of any other error."""
+    try:
+        return str(error.request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return ""
 
 
 def _code(error: BaseException) -> str:

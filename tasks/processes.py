@@ -111,6 +111,16 @@ def alive(record: Record) -> bool:
     return _process(record) is not None
 
 
+def variable(record: Record, name: str) -> str | None:
+    """An environment variable that the recorded process was started with; None: not known."""
+    import psutil
+
+    found = _process(record)
+    with contextlib.suppress(psutil.Error, OSError):
+        return None if found is None else found.environ().get(name)
+    return None
+
+
 def _process(record: Record) -> Any:
     import psutil
 

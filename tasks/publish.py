@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ArtifactError, ConfigError, explain
-from models.index.config import RefreshConfig
 from models.metrics import NullSink
 from models.types import MetricSink
 from tasks.artifacts import ArtifactRef, ArtifactStore
@@ -26,6 +25,7 @@ from tasks.lineage import find_artifact
 from tasks.settings import settings
 
 if TYPE_CHECKING:
+    from models.index.config import RefreshConfig
     from models.index.difference import Difference
     from models.index.lance import LanceIndex
     from models.index.published import Publication, PublishedIndex
@@ -191,7 +191,9 @@ def _apply(
 ) -> tuple[Publication, RefreshCounts]:
     from models.index.refresh import refresh as apply
 
-    table = _table(store_name, artifacts, config.keep)
+    # the table keeps what somebody configured; promotions and rollbacks go by it too
+    keep = config.keep if "keep" in config.model_fields_set else None
+    table = _table(store_name, artifacts, keep)
     encoder_of = partial(_lazy_encoder, artifacts)
     return apply(table, delta, encoder_of, config, sink or NullSink())
 
@@ -214,7 +216,7 @@ def open_published(
 
 
 def _table(
-    store_name: str, artifacts: ArtifactStore | None, keep: int = RefreshConfig().keep
+    store_name: str, artifacts: ArtifactStore | None, keep: int | None = None
 ) -> PublishedIndex:
     from models.index.published import PublishedIndex
 

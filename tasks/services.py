@@ -130,6 +130,8 @@ def _environment(current: Settings, prefect_port: int, mlflow_port: int) -> dict
     }
     if current.data_dir is not None:
         folders["RELEARN_DATA_DIR"] = str(current.data_dir)
+    if current.mlflow_uri:
+        folders["RELEARN_MLFLOW_URI"] = current.mlflow_uri
     path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
@@ -151,18 +153,24 @@ def up(
 ) -> list[Record]:
     """Start what does not run yet, register pool and deployments, and wait until all answer.
 
+    A server that has ended starts on its last port, where no other one is asked for.
     What this call started is stopped again when it cannot finish.
 
     Raises:
-        ConfigError: a port is taken, or another one than the running server's was asked for.
+        ConfigError: a port is taken, or another one than a running server's, or than the one that a
+            running worker asks for work, was asked for.
         ServiceError: a process ended or did not answer in time.
     """
     _refuse_servers_elsewhere(current)
     with _exclusive(current), _all_or_nothing(current) as launch:
         running = dict(launch.records)
-        prefect = _port(running.get(PREFECT), prefect_port, PREFECT_PORT, "--port-prefect")
-        mlflow = _port(running.get(MLFLOW), mlflow_port, MLFLOW_PORT, "--port-mlflow")
+        last = launch.last_port(PREFECT, PREFECT_PORT)
+        prefect = _port(running.get(PREFECT), prefect_port, last, "--port-prefect")
+        last = launch.last_port(MLFLOW, MLFLOW_PORT)
+        mlflow = _port(running.get(MLFLOW), mlflow_port, last, "--port-mlflow")
         servers = server_services(current, prefect, mlflow)
+        if WORKER in running:
+            _refuse_another_address(running[WORKER], servers[0].env["PREFECT_API_URL"])
         # MLflow makes or migrates its tables while it starts: no other process may meanwhile
         with FileLock(ArtifactStore(current).lock_file("mlflow")):
             for service in servers:
@@ -291,8 +299,14 @@ class _Launch:
 
     def __init__(self, current: Settings) -> None:
         self.home, self.file = current.home, _state_file(current)
-        self.records = {n: r for n, r in self.file.read().items() if processes.alive(r)}
+        self.last = self.file.read()
+        self.records = {n: r for n, r in self.last.items() if processes.alive(r)}
         self.started: set[str] = set()
+
+    def last_port(self, name: str, default: int) -> int:
+        """The port that a service has, or had when it ended."""
+        record = self.last.get(name)
+        return default if record is None or record.port is None else record.port
 
     def start(self, service: Service, say: Say) -> None:
         """Start `service` unless it runs."""
@@ -337,6 +351,15 @@ def _port(running: Record | None, asked: int | None, default: int, option: str) 
     return running.port
 
 
+def _refuse_another_address(worker: Record, url: str) -> None:
+    """A worker keeps the address of Prefect that it was started with."""
+    known = processes.variable(worker, "PREFECT_API_URL")
+    if known is not None and known != url:
+        got = f"Prefect at {url} while the worker (pid {worker.pid}) asks {known}"
+        do = "give --port-prefect that port, or relearn down"
+        raise ConfigError(explain(got, "the worker's address", do))
+
+
 def _refuse_servers_elsewhere(current: Settings) -> None:
     for name, value in (
         ("RELEARN_PREFECT_API_URL", current.prefect_api_url),
@@ -368,6 +391,8 @@ def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
     from tasks.deployments import (
         deploy,
         ensure_pool,
+        held_back,
+        hold_back,
         settle_automations,
         settle_runs,
         switched_off,
@@ -375,9 +400,11 @@ def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
 
     url = env["PREFECT_API_URL"]
     ensure_pool(url)
-    off = switched_off(url)
+    off, held = switched_off(url), held_back(url)
     for line in deploy(DEPLOYMENTS, env, launch.home):
         say(f"Deployment: {line}")
+    for line in hold_back(url, held):
+        say(f"Deployment: {line}, as before")
     for line in settle_automations(url, DEPLOYMENTS, off):
         say(f"Automation: {line}")
     if not _outside(processes.marked(launch.home), launch.records, (PREFECT, MLFLOW)):

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     num_threads: int = Field(default_factory=_available_cores, ge=1)
     """Threads torch computes with."""
     mlflow_uri: str | None = None
-    """Tracking store; default sqlite under `home`."""
+    """Tracking store; default sqlite under `home`. A sqlite file's path is made absolute."""
     mlflow_ui: str | None = None
     """Address of MLflow's pages, for links; `relearn up` sets it, as does an http `mlflow_uri`."""
     mlflow_timeout_s: int = Field(30, ge=1)
@@ -91,6 +91,14 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _absolute_file(cls, value: str | None) -> str | None:
+        # sqlite:////mlflow.db is absolute already, sqlite:///:memory: is no file
+        if value is None or not re.match(r"sqlite:///[^/:]", value):
+            return value
+        return f"sqlite:///{Path(value.removeprefix('sqlite:///')).resolve()}"
 
     @property
     def tracking_uri(self) -> str:

@@ -66,7 +66,8 @@ class RefreshConfig(BaseModel):
     all. A delta names what it deletes and is not limited. Ours."""
     keep: int = Field(default=3, ge=2)
     """Published versions kept: the current one, the one before, and older ones; beside them the one
-    that a rollback to the index before goes to."""
+    that a rollback to the index before goes to. From a refresh that sets it on, promotions keep as
+    many."""
 
 
 def resolve_kind(kind: Kind, num_rows: int) -> Kind:

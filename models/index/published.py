@@ -9,6 +9,7 @@ that is replaced by a rename, so a reader sees the old version or the new one, n
     <folder>/versions/<n>.npy        its probes
     <folder>/versions/left-<index>   the refreshes an index had when its last version was removed
     <folder>/pending                 the refresh that has begun to write, if any
+    <folder>/keep                    how many published versions stay, as last asked for
 
 Order of a publish: rows -> indexes -> measured, gate -> record of the version -> tag -> clean-up. A
 crash between any two leaves the tag where it was; the next run either finds the record
@@ -37,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import ArtifactError, explain
 from models.index.build import index_all, measured_facts
+from models.index.config import RefreshConfig
 from models.index.facts import IndexFacts, write_text
 from models.index.lance import TABLE, LanceIndex, connect, open_table
 from models.index.recall import check
@@ -92,12 +94,21 @@ class PublishedIndex:
     """The published table of one store.
 
     Args:
-        keep: published versions that stay; the current one, its predecessor and the one that a
-            rollback to the index before goes to always do.
+        keep: published versions that stay, from the next write on; the current one, its predecessor
+            and the one that a rollback to the index before goes to always do. None: as many as
+            before.
     """
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        self.folder, self._asked = folder, keep
+
+    @property
+    def keep(self) -> int:
+        """Published versions that stay."""
+        if self._asked is not None:
+            return self._asked
+        path = self.folder / "keep"
+        return int(path.read_text(encoding="utf-8")) if path.is_file() else RefreshConfig().keep
 
     def current(self) -> Publication | None:
         """The served version, None when nothing was ever published."""
@@ -211,6 +222,8 @@ class PublishedIndex:
 
         (self.folder / "versions").mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "writer.lock"):
+            if self._asked is not None:
+                write_text(self.folder / "keep", str(self._asked))
             yield
 
     def finished(self, work: str) -> Publication | None:

@@ -86,6 +86,18 @@ def resume(values: dict[str, Any]) -> None:
             time.sleep(0.2)
 
 
+def last_state(name: str) -> str | None:
+    """How the newest run of a flow ended."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    wanted = FlowFilter.model_validate({"name": {"any_": [name]}})
+    with get_client(sync_client=True) as client:
+        order = FlowRunSort.START_TIME_DESC
+        return client.read_flow_runs(flow_filter=wanted, sort=order, limit=1)[0].state_name
+
+
 def test_a_paused_flow_goes_on_with_the_answer(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,3 +114,4 @@ def test_nobody_answers(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RELEARN_APPROVAL_TIMEOUT_S", "1")
     monkeypatch.setattr(release, "APPROVAL_POLL_S", 1)
     assert outer() == (False, "")
+    assert last_state("inner") == last_state("outer") == "Completed"

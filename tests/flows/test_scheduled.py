@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flows.backfill import Span, backfill
+from flows.index import refresh_index
+from flows.monitor import monitor
 from flows.scheduled import Chain, evaluate_champion, retrain, retrain_embedder, retrain_judge
-from models.errors import ArtifactError, ConfigError
+from models.errors import ArtifactError, ConfigError, RelearnError
 from tasks.links import KEY
 from tests.flows.conftest import SMALLER, at_home
 from tests.flows.conftest import Chain as Finished
@@ -58,6 +62,30 @@ def test_without_a_champion_the_first_step_is_named(
 ) -> None:
     with pytest.raises(ArtifactError, match=r"no champion of synthetic-\w+;.*retrain/retrain"):
         flow(Chain())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("flow", "more"),
+    [
+        *((flow, {}) for flow in (retrain, retrain_judge, retrain_embedder, evaluate_champion)),
+        (monitor, {}),
+        (refresh_index, {}),
+        (backfill, {"span": Span(from_date="2026-01-01", to_date="2026-01-01")}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_deployed_flow_prepares_its_environment_itself(
+    home: Path, monkeypatch: pytest.MonkeyPatch, flow: Any, more: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("RELEARN_MLFLOW_TIMEOUT_S", "7")
+    monkeypatch.setenv("RELEARN_NUM_THREADS", "3")
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    with pytest.raises(RelearnError):
+        flow.fn(Chain(data="/nowhere"), **more)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
+    assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_missing_data_folder_is_named_and_a_given_one_does_not_stay(

@@ -7,6 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+from mlflow.entities import FileInfo
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from models.errors import ArtifactError, ConfigError
@@ -177,6 +181,50 @@ def test_harmed_artifact_is_missing_with_a_reason(
     found = store.find(ref.fingerprint)
     assert found.ref is None
     assert reason in found.reason
+
+
+class Bucket(ArtifactRepository):
+    """A remote store: only MLflow reads it, and what is missing is MLflow's error."""
+
+    down = False
+
+    @property
+    def inner(self) -> LocalArtifactRepository:
+        return LocalArtifactRepository(self.artifact_uri.replace("bucket://here", "file://"))
+
+    def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
+        self.inner.log_artifact(local_file, artifact_path)
+
+    def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
+        self.inner.log_artifacts(local_dir, artifact_path)
+
+    def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
+        if self.down:
+            raise ValueError("could not connect to the endpoint")
+        return self.inner.list_artifacts(path)
+
+    def _download_file(self, remote_file_path: str, local_path: str) -> None:
+        self.list_artifacts()
+        self.inner._download_file(remote_file_path, local_path)
+
+
+def test_a_missing_manifest_of_a_remote_store_is_files_missing(
+    current: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_artifact_repository_registry._registry, "bucket", Bucket)
+    root = tmp_path / "bucket"
+    store, ref = commit(
+        current.model_copy(update={"artifact_root": f"bucket://here{root}"}), tmp_path / "out"
+    )
+    assert store.find(ref.fingerprint).ref == ref
+    (manifest,) = root.rglob("manifest.json")
+    manifest.rename(tmp_path / "manifest.json")
+    found = store.find(ref.fingerprint)
+    assert found.ref is None and "files missing: manifest.json" in found.reason
+    assert store.why(identify("dpo", "1", {"seed": 2})) == "first time"
+    monkeypatch.setattr(Bucket, "down", True)
+    with pytest.raises(ValueError, match="could not connect"):
+        store.find(ref.fingerprint)
 
 
 def test_run_without_end_is_not_served(current: Settings, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -162,6 +163,52 @@ def test_automations_are_checked_and_stay_as_people_switched_them(
         assert said == [f"{name}, switched off"] and deployments.switched_off(url) == {name}
     finally:
         client.delete_automation(made)
+
+
+def test_what_a_person_paused_stays_paused_when_registered_again(
+    url: str, client: Any, tmp_path: Path
+) -> None:
+    names = ("all-off", "one-off", "paused", "running")
+    (tmp_path / "nothing.py").write_text(
+        "from prefect import flow\n@flow\ndef nothing() -> None: ...\n"
+    )
+    entry = "{name: %s, entrypoint: 'nothing.py:nothing', work_pool: {name: relearn}, schedules: "
+    entry += "[{cron: 0 2 * * 0, timezone: UTC}, {cron: 0 3 * * 0, timezone: UTC}]}"
+    file = tmp_path / "prefect.yaml"
+    entries = ", ".join(entry % name for name in names)
+    file.write_text(f"name: test\npull: []\ndeployments: [{entries}]\n")
+    env = os.environ | {"PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path / "prefect")}
+
+    def found() -> dict[str, Any]:
+        return {d.name: d for d in client.read_deployments() if d.name in names}
+
+    def state() -> dict[str, tuple[bool, list[str]]]:
+        return {
+            n: (d.paused, sorted(s.schedule.cron[2] for s in d.schedules if s.active))
+            for n, d in sorted(found().items())
+        }
+
+    deployments.ensure_pool(url)
+    deployments.deploy(file, env, tmp_path)
+    try:
+        made = found()
+        assert state() == dict.fromkeys(names, (False, ["2", "3"]))
+        client.pause_deployment(made["paused"].id)
+        three = [s for s in made["one-off"].schedules if s.schedule.cron == "0 3 * * 0"]
+        for name, off in (("all-off", made["all-off"].schedules), ("one-off", three)):
+            for schedule in off:
+                client.update_deployment_schedule(made[name].id, schedule.id, active=False)
+        before, held = state(), deployments.held_back(url)
+        assert sorted(held) == ["all-off", "one-off", "paused"]
+        deployments.deploy(file, env, tmp_path)
+        assert state() != before, "else nothing is to be done"
+        deployments.hold_back(url, held)
+        assert state() == before
+        assert before["paused"][0] and before["one-off"] == (False, ["2"])
+        assert deployments.hold_back(url, held) == []
+    finally:
+        for deployment in found().values():
+            client.delete_deployment(deployment.id)
 
 
 def test_without_a_checkout_deploy_says_what_to_do(tmp_path: Path) -> None:

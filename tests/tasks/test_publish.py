@@ -188,6 +188,22 @@ def test_a_product_that_todays_data_holds_with_a_fault_stays(
     assert staleness("shop", today)[1].stale == 0
 
 
+def test_promotions_keep_as_many_versions_as_refreshes_are_configured_to(
+    current: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_lazy_encoder", lambda artifacts, label: encode)
+    publish("shop", made("a"))
+    (tmp_path / "products.csv").write_text("product_id,title\np1,new\n")
+    refresh("shop", tmp_path, RefreshConfig(keep=5))
+    (tmp_path / "products.csv").write_text("product_id,title\np1,newer\n")
+    refresh("shop", tmp_path, RefreshConfig())  # `relearn refresh` configures nothing
+    for mark in "bc":
+        serve("shop", made(mark), artifacts=ArtifactStore(current))
+    assert len(history("shop")) == 5
+    serve("shop", made("d"), artifacts=ArtifactStore(current))
+    assert len(history("shop")) == 5
+
+
 def test_what_cannot_be_served_is_refused(current: Settings, tmp_path: Path) -> None:
     encoder = fake_encoder.make(mark="a")
     with pytest.raises(ArtifactError, match="an index"):

@@ -90,6 +90,11 @@ def kill(pid: int) -> None:
     process.wait()
 
 
+def address(port: int) -> dict[str, str]:
+    """What tells a process where Prefect is."""
+    return {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+
+
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     made = Stage(Settings(home=tmp_path / "home"))
@@ -101,7 +106,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
                 name=name,
                 title=name,
                 command=(sys.executable, "-c", SERVER, str(port)),
-                env=os.environ | {"PREFECT_API_URL": "unused"},
+                env=os.environ | address(ports[0]),
                 port=port,
                 option=f"--port-{name}",
                 health="/health",
@@ -109,8 +114,9 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
             for name, port in zip((PREFECT, MLFLOW), ports, strict=True)
         )
 
-    def worker(*_: object) -> Service:
-        return Service(WORKER, WORKER, (sys.executable, "-c", made.worker), os.environ)
+    def worker(current: Settings, prefect: int, *_: object) -> Service:
+        env = os.environ | address(prefect)
+        return Service(WORKER, WORKER, (sys.executable, "-c", made.worker), env)
 
     def register(*_: object) -> None:
         made.registered += 1
@@ -174,6 +180,24 @@ def test_up_starts_again_only_what_ended(stage: Stage, index: int) -> None:
     assert len(set(again) & set(pids)) == 2
     assert pids[index] not in again and stage.states() == ["running"] * 3
     assert stage.registered == 2
+
+
+def test_a_server_that_ended_starts_on_its_last_port(stage: Stage) -> None:
+    pids = stage.up()
+    for pid in pids[:2]:
+        kill(pid)
+    services.up(stage.current, stage.said.append)
+    rows = services.status(stage.current)
+    assert [row.url for row in rows] == [*(f"http://127.0.0.1:{p}" for p in stage.ports), ""]
+
+
+def test_prefect_does_not_move_away_from_a_running_worker(stage: Stage) -> None:
+    pids = stage.up()
+    kill(pids[0])
+    with pytest.raises(ConfigError, match=f"the worker .* asks http://127.0.0.1:{stage.ports[0]}/"):
+        stage.up(prefect=free_port())
+    stage.up()
+    assert stage.states() == ["running"] * 3 and psutil.pid_exists(pids[2])
 
 
 def test_stale_records_are_said_and_stopped_by_nobody(stage: Stage) -> None:
@@ -295,6 +319,7 @@ def test_relative_folders_reach_the_worker_absolute(
     monkeypatch.chdir(tmp_path)
     for name, value in (("HOME", "h"), ("WEIGHTS", "w"), ("DATA_DIR", "d"), ("ARTIFACT_ROOT", "a")):
         monkeypatch.setenv(f"RELEARN_{name}", value)
+    monkeypatch.setenv("RELEARN_MLFLOW_URI", "sqlite:///mlflow.db")
     here, artifacts = settings(), settings().artifact_uri
     env = services.worker_service(here, 1, 2, 1).env
     monkeypatch.chdir("/")
@@ -304,5 +329,6 @@ def test_relative_folders_reach_the_worker_absolute(
     there = settings()
     for field in ("home", "weights_dir", "data_dir"):
         assert getattr(there, field) == getattr(here, field)
+    assert there.tracking_uri == here.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert there.artifact_uri == artifacts == f"file://{tmp_path}/a"
     assert str(there.data_dir) == f"{tmp_path}/d" and there.mlflow_pages == "http://127.0.0.1:2"

@@ -33,6 +33,24 @@ def test_relative_home_becomes_absolute_uris(
     assert settings().artifact_uri == f"file://{tmp_path}/here/artifacts"
 
 
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///{here}/mlflow.db"),
+        ("sqlite:///../a/mlflow.db", "sqlite:///{here.parent}/a/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql://db/mlflow", "postgresql://db/mlflow"),
+    ],
+)
+def test_the_path_of_a_sqlite_file_becomes_absolute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, made: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RELEARN_MLFLOW_URI", given)
+    assert settings().tracking_uri == made.format(here=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["RELEARN_WEIGHTS", "RELEARN_WEIGHTS_DIR"])
 def test_weights_folder_has_two_spellings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

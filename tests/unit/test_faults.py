@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -241,6 +242,31 @@ def test_only_a_full_disk_and_prefect_are_told_of_a_run(current: Settings) -> No
     assert full is not None and "free space there" in str(full)
     late = RuntimeError("Timed out while attempting to connect to ephemeral Prefect API server.")
     assert "Prefect's server" in str(told(late, current))
+
+
+@pytest.mark.parametrize("error", ["ConnectError", "RemoteProtocolError", "ReadTimeout"])
+def test_an_unreachable_prefect_server_is_named(
+    current: Settings, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    import httpx
+
+    url = "http://127.0.0.1:9/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    texts = {
+        "ConnectError": "All connection attempts failed",
+        "RemoteProtocolError": "Server disconnected without sending a response.",
+        "ReadTimeout": "",
+    }
+
+    def raised(address: str) -> Exception:
+        made = getattr(httpx, error)(texts[error], request=httpx.Request("GET", address))
+        return caused(made, TimeoutError()) if error == "ReadTimeout" else made
+
+    said = rf"got no answer from .*PREFECT_API_URL={url} .*; expected an answer; do this: see that"
+    at_start = caused(RuntimeError(f"Failed to reach API at {url}/"), raised(f"{url}/version"))
+    for trouble in (at_start, raised(f"{url}/flow_runs")):
+        assert re.match(said, str(told(trouble, current)))
+    assert told(raised("http://127.0.0.1:8/v1/chat"), current) is None
 
 
 def make_database(file: Path) -> Path:
