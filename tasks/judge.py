@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +25,9 @@ from tasks.base import weights_path
 from tasks.ingest import open_store
 from tasks.settings import Settings
 from tasks.stage import StageContext, stage
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class CalibrationConfig(BaseModel):
@@ -218,7 +223,9 @@ def judge_grpo(
     confidence = None
     if config.pool.max_confidence is not None:
         asked = [(p.query, p.product) for p in candidates]
-        confidence = _open_judge(ctx, judge).score(asked, "RL pool").max(1)
+        confidence = pool_confidence(
+            ctx.scratch, lambda: _open_judge(ctx, judge).score(asked, "RL pool").max(1)
+        )
     pool, facts = choose_pool(candidates, confidence, config.pool, seed)
     ctx.table("rl-pool", [facts])
     counts = train_grpo(
@@ -283,7 +290,6 @@ def answer_rows(
     ctx: StageContext, pairs: list[Any], scores: Any, texts: Sequence[tuple[str, bool]] = ()
 ) -> Mapping[str, float]:
     """Write answers.json: P(grade) of every pair, and what was decoded for the first of them."""
-    import json
 
     import numpy as np
 
@@ -304,6 +310,19 @@ def answer_rows(
     (ctx.out / "answers.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     gold = np.array([p.grade for p in pairs])
     return grade_metrics(gold, scores.argmax(1) + 1)
+
+
+def pool_confidence(scratch: Path, ask: Callable[[], np.ndarray]) -> np.ndarray:
+    """Confidence in each candidate of the RL pool [N], asked for once: a run that goes on trains on
+    the pool that its checkpoint counts, though another device may round another way."""
+    import numpy as np
+
+    from models.index.facts import write_text
+
+    path = scratch / "confidence.json"
+    if not path.is_file():
+        write_text(path, json.dumps([float(c) for c in ask()]))
+    return np.array(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _endpoint(current: Settings) -> Endpoint | None:
