@@ -290,7 +290,6 @@ def answer_rows(
     ctx: StageContext, pairs: list[Any], scores: Any, texts: Sequence[tuple[str, bool]] = ()
 ) -> Mapping[str, float]:
     """Write answers.json: P(grade) of every pair, and what was decoded for the first of them."""
-
     import numpy as np
 
     from models.evaluation.judge import grade_metrics

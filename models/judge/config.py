@@ -109,6 +109,9 @@ class OptimiserConfig(BaseModel):
     embeddings. The layers below need no backward pass: 12 of 30 is 1.7 times faster on a CPU."""
     bf16: bool = True
     """Autocast the backbone to bf16; master weights and optimiser stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, and prompts are no
+    longer shared while training, as recomputing drops their caches."""
     checkpoint_every: int = Field(20, ge=1)
     """Optimiser steps between checkpoints."""
     seed: int = 0

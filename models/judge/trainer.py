@@ -223,6 +223,8 @@ def make_trainable(lm: torch.nn.Module, config: OptimiserConfig) -> torch.nn.Mod
     Raises:
         ConfigError: more layers asked for than the model has.
     """
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if config.lora is not None:
         torch.manual_seed(config.seed)  # adapters start from torch's global numbers
         return _add_lora(lm, config.lora)

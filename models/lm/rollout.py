@@ -8,7 +8,8 @@ Tensor legend: P prompts, G group, R = P * G rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,7 @@ def sample(
     """G responses for every prompt, in prompt order.
 
     The kept log-probs are those of softmax(logits / temperature) before top-k, so they equal the
-    trainer's at the same temperature when top_k = 0.
+    trainer's at the same temperature when top_k = 0. Adapters are merged meanwhile.
 
     Returns:
         [P][G] rollouts; a row that hits `max_new_tokens` has finished=False.
@@ -56,14 +57,40 @@ def sample(
     model.eval()
     chunk = max(1, rows_at_once // group_size)
     groups: list[list[Rollout]] = []
-    for start in tqdm(range(0, len(prompts), chunk), desc=desc, disable=not desc, leave=False):
-        part = prompts[start : start + chunk]
-        rollouts = _decode(
-            model, part, group_size, max_new_tokens, end_id, generator, temperature, top_k
-        )
-        groups += [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    with adapters_merged(model.lm):
+        for start in tqdm(range(0, len(prompts), chunk), desc=desc, disable=not desc, leave=False):
+            part = prompts[start : start + chunk]
+            rollouts = _decode(
+                model, part, group_size, max_new_tokens, end_id, generator, temperature, top_k
+            )
+            groups += [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
     model.train(was_training)
     return groups
+
+
+@contextlib.contextmanager
+def adapters_merged(lm: torch.nn.Module) -> Iterator[None]:
+    """peft's adapters are part of the weights inside; each token costs two products a layer less.
+
+    Afterwards the weights are to the bit what they were, which subtracting the adapters again would
+    not give: a copy of the adapted ones is kept meanwhile. Without adapters nothing happens.
+    """
+    if not hasattr(lm, "peft_config"):
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    kept = [weight.detach().clone() for weight in weights]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer, weight, before in zip(layers, weights, kept, strict=True):
+            layer.unmerge()
+            weight.data.copy_(before)
 
 
 def _decode(

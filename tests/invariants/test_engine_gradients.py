@@ -104,10 +104,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return one, two.requires_grad_(False)
 
 
-def trainable(lm: Any, way: str) -> Any:
+def trainable(lm: Any, way: str, checkpointing: bool) -> Any:
     """A copy with all weights, the top layer, or adapters (none of them zero) to train."""
     lora = LoraSettings(r=2) if way == "lora" else None
-    config = OptimiserConfig(lora=lora, train_layers=1 if way == "top" else None)
+    config = OptimiserConfig(
+        lora=lora,
+        train_layers=1 if way == "top" else None,
+        gradient_checkpointing=checkpointing,
+    )
     out = make_trainable(copy.deepcopy(lm), config)
     if way == "lora":
         rng = torch.Generator().manual_seed(1)
@@ -129,11 +133,10 @@ def loss_and_gradient(loss: torch.Tensor, lm: Any) -> tuple[float, torch.Tensor]
 def test_loss_and_gradient_equal_the_plain_forward(
     bases: tuple[Any, Any], stage: str, way: str, checkpointing: bool
 ) -> None:
-    lm = trainable(bases[0], way)
+    lm = trainable(bases[0], way, checkpointing)
     value, want = loss_and_gradient(LOSSES[stage](PlainLM(lm), PlainLM(bases[1])), lm)
     lm.train()
-    if checkpointing:
-        lm.gradient_checkpointing_enable()
+    assert SharedPrefixLM(lm).causal_lm.is_gradient_checkpointing == checkpointing
     loss = LOSSES[stage](SharedPrefixLM(lm), SharedPrefixLM(bases[1]))
     got_value, got = loss_and_gradient(loss, lm)
     assert got_value == pytest.approx(value, rel=RELATIVE)

@@ -14,16 +14,16 @@ from models.lm.shared_prefix import SharedPrefixLM, build_tree
 
 PROMPTS = [((1, 2, 3), (4, 5), (6,)), ((1, 2, 3), (4, 5), (7, 8)), ((1, 2, 3), (9,), (6, 6, 6))]
 END = 2
+CONFIG = LlamaConfig(
+    vocab_size=12, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model() -> SharedPrefixLM:
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=12, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    return SharedPrefixLM(LlamaForCausalLM(config))
+    return SharedPrefixLM(LlamaForCausalLM(CONFIG))
 
 
 def draw(model: SharedPrefixLM, seed: int = 0, **changes: object) -> list:
@@ -40,6 +40,40 @@ def test_sampled_logps_equal_the_trainers(
     paths = [(*p, r.ids) for p, g in zip(PROMPTS, groups, strict=True) for r in g]
     with torch.no_grad():
         got = model.eval()(build_tree(paths), temperature=temperature)
+    for row, drawn in enumerate(r for g in groups for r in g):
+        want = torch.tensor(drawn.logps)
+        assert torch.allclose(got.logp_PT[row][got.mask_PT[row]], want, atol=1e-4)
+
+
+def test_adapters_are_merged_while_sampling_and_the_weights_come_back_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    torch.manual_seed(2)
+    lm = get_peft_model(LlamaForCausalLM(CONFIG), LoraConfig(r=4, target_modules="all-linear"))
+    layers = [module for module in lm.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    adapted = SharedPrefixLM(lm)
+    before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    plain = draw(adapted, group_size=2)
+    seen: list[bool] = []
+    step = SharedPrefixLM.step
+
+    def watched(self: SharedPrefixLM, siblings: Any, ids_R: torch.Tensor) -> torch.Tensor:
+        seen.extend(layer.merged for layer in layers)
+        return step(self, siblings, ids_R)
+
+    monkeypatch.setattr(SharedPrefixLM, "step", watched)
+    groups = draw(adapted, group_size=2)
+    assert groups == plain and seen and all(seen)
+    assert not any(layer.merged for layer in layers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
+    paths = [(*p, r.ids) for p, g in zip(PROMPTS, groups, strict=True) for r in g]
+    with torch.no_grad():
+        got = adapted.eval()(build_tree(paths))
     for row, drawn in enumerate(r for g in groups for r in g):
         want = torch.tensor(drawn.logps)
         assert torch.allclose(got.logp_PT[row][got.mask_PT[row]], want, atol=1e-4)
