@@ -18,7 +18,8 @@ queries       query_id    unique key
 judgments     query_id, product_id   together the key; both must exist
               grade       1..4
               rater_grades  the single raters' grades, each 1..4 (may be fractional), optional
-              weight      > 0, optional (null reads as 1)
+              weight      > 0, optional (null reads as 1); of the retriever's positives, the judge
+                          does not read it
               reasoning   a human's or a teacher's words, optional
               verdict_category, verdict_attributes  gold step verdicts, optional
 interactions  query_id, product_id, event (click | cart | purchase), timestamp (optional)

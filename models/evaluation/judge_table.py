@@ -18,6 +18,7 @@ from models.evaluation.judge import (
 )
 from models.evaluation.tiers import CumPT
 from models.store import Store
+from models.teacher.check import known_verdicts
 from models.teacher.response import Order, parse_response
 
 Answer = Mapping[str, Any]
@@ -54,7 +55,7 @@ def _row(
     gold_N = np.array([a["grade"] for a in kept])
     spoken = [a for a in kept if "response" in a]
     responses = [parse_response(a["response"], order, a["finished"]) for a in spoken]
-    gold = _gold_verdicts(store)
+    gold = gold_verdicts(store)
     verdicts = [gold.get((a["query_id"], a["product_id"])) for a in spoken]
     return {
         **grade_metrics(gold_N, p_NL.argmax(1) + 1),
@@ -68,9 +69,7 @@ def _probabilities(given: Sequence[Answer]) -> np.ndarray:
     return np.array([a["p"] for a in given], dtype=np.float64)
 
 
-def _gold_verdicts(store: Store) -> dict[tuple[str, str], Any]:
-    return {
-        (p.query.query_id, p.product.product_id): p.verdicts
-        for p in store.pairs("test")
-        if p.verdicts is not None
-    }
+def gold_verdicts(store: Store) -> dict[tuple[str, str], Any]:
+    """What the store says of its test pairs, where that does not contradict the grade."""
+    known = {p.key: known_verdicts(p) for p in store.pairs("test")}
+    return {key: verdicts for key, verdicts in known.items() if verdicts is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -12,8 +14,9 @@ from models.evaluation.judge import (
     probability_metrics,
     reasoning_metrics,
 )
+from models.evaluation.judge_table import gold_verdicts
 from models.teacher.response import parse_response, render_response
-from tests.builders import make_verdicts
+from tests.builders import make_pair, make_verdicts
 
 
 def test_macro_f1_is_the_mean_of_the_class_f1s() -> None:
@@ -70,6 +73,13 @@ def test_reasoning_metrics_count_contradictions_and_broken_responses() -> None:
     assert got["contradiction_rate"] == pytest.approx(1 / 3)
     assert got["malformed_rate"] == pytest.approx(1 / 4)
     assert got["category_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_verdicts_of_a_store_that_contradict_its_grade_are_no_gold() -> None:
+    right = make_pair("red sofa", grade=4, verdicts=make_verdicts("match"))
+    wrong = make_pair("blue sofa", grade=4, verdicts=make_verdicts("mismatch"))
+    store = SimpleNamespace(pairs=lambda split: [right, wrong, make_pair("sofa")])
+    assert gold_verdicts(store) == {right.key: right.verdicts}  # type: ignore[arg-type]
 
 
 def test_majority_prefers_the_smaller_grade_on_a_tie() -> None:
