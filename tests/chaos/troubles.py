@@ -1,4 +1,4 @@
-"""Full disks, locked and damaged databases, failing servers, SIGTERM, and five runs at once."""
+"""Full disks, damaged databases, failing servers, SIGTERM, five runs at once, a dead worker."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from tasks.processes import StateFile
 from tests.chaos.child import Child, Event
 from tests.chaos.report import NotTried, Report
 from tests.chaos.server import Proxy, mlflow_server
 from tests.chaos.state import State, read
 from tests.flows.conftest import SMALLER
+from tests.live import free_port, ours, relearn, wait_for
 
 CHAIN = ("tests.chaos.chain", "chaos")
 SMALL_RUN = ("flows.cli", "run", "--recipe", "smoke", *(w for c in SMALLER for w in ("--set", c)))
@@ -53,6 +58,7 @@ class Troubles:
         shared = self.folder / "shared"
         if case(f"{AT_ONCE} runs at once on an empty home", lambda: self._at_once(shared)):
             case("SIGTERM", lambda: self._sigterm(shared))
+        case("a worker that dies with its run", lambda: self._dead_worker(self.folder / "served"))
 
     # ---------------------------------------------------------------- one command
 
@@ -202,6 +208,66 @@ class Troubles:
         code = again.end(self.limit_s)
         wrong += [f"exit code {code} afterwards", again.tail()] if code else []
         return wrong + read(home, at_rest=True)[1]
+
+    def _dead_worker(self, home: Path) -> list[str]:
+        """`relearn up`, a run through the worker, SIGKILL to both in the middle of a stage; then
+        `relearn status` names the worker, `relearn up` starts it, and the next run goes on."""
+        ports = ("--port-prefect", str(free_port()), "--port-mlflow", str(free_port()))
+        chain = {"chain": {"recipe": "smoke", "store": "synthetic", "changes": list(SMALLER)}}
+        wrong = []
+        try:
+            up = relearn(home, "up", *ports, limit_s=self.limit_s)
+            if up.returncode:
+                return ["relearn up failed", up.stdout + up.stderr]
+            with prefect_at(ports[1]) as client:
+                deployment = client.read_deployment_by_name("retrain/retrain")
+                run = client.create_flow_run_from_deployment(deployment.id, parameters=chain)
+                wait_for(lambda: _begun(home, "judge_cot_sft"), bool, self.limit_s)
+                worker = psutil.Process(StateFile(home / "services.json").read()["worker"].pid)
+                for process in (*worker.children(recursive=True), worker):
+                    process.kill()
+                shown = relearn(home, "status")
+                told = any("Worker" in s and "ended" in s for s in shown.stdout.splitlines())
+                if shown.returncode != 1 or not told:
+                    wrong += ["relearn status does not say that the worker is gone", shown.stdout]
+                up = relearn(home, "up", limit_s=self.limit_s)
+                wrong += ["the second relearn up failed", up.stderr] if up.returncode else []
+                state = client.read_flow_run(run.id).state
+                wrong += [] if state.is_crashed() else [f"the dead run is {state.name}"]
+                run = client.create_flow_run_from_deployment(deployment.id, parameters=chain)
+                state = wait_for(
+                    lambda: client.read_flow_run(run.id).state, lambda s: s.is_final(), self.limit_s
+                )
+                wrong += [] if state.is_completed() else [f"the next run is {state}"]
+        finally:
+            down = relearn(home, "down")
+            wrong += ["relearn down failed", down.stderr] if down.returncode else []
+            wrong += [f"processes {left} are left"] if (left := ours(home)) else []
+        state, found = read(home, at_rest=True)
+        kinds = {name: len(versions) for name, versions in state.versions.items()}
+        if sorted(kinds.values()) != [1, 1, 1]:
+            wrong.append(f"model versions {kinds}, not one of each of three")
+        return wrong + found
+
+
+def _begun(home: Path, stage: str) -> bool:
+    """Whether MLflow has a run of the stage."""
+    with closing(sqlite3.connect(home / "mlflow.db", timeout=60)) as db:
+        found = db.execute("SELECT count(*) FROM runs WHERE name = ?", (stage,)).fetchone()
+    return bool(found[0])
+
+
+@contextmanager
+def prefect_at(port: str) -> Iterator[Any]:
+    """A client of the server on this port of loopback."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}),
+        get_client(sync_client=True) as client,
+    ):
+        yield client
 
 
 @contextmanager
