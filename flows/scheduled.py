@@ -23,7 +23,7 @@ from flows.pipeline import run_pipeline
 from flows.recipes import PipelineConfig, recipe
 from flows.release import ReleaseResult, release
 from models.errors import ArtifactError, ConfigError, explain
-from tasks.artifacts import ArtifactRef, ArtifactStore
+from tasks.artifacts import ArtifactStore
 from tasks.embedder import index_catalogue
 from tasks.evaluate import (
     JUDGE_TABLE,
@@ -34,7 +34,7 @@ from tasks.evaluate import (
 )
 from tasks.gate import index_config
 from tasks.judge import judge_answers
-from tasks.registry import champion
+from tasks.registry import Registered, champion
 from tasks.release import finish_pending, model_name
 from tasks.settings import prepare_environment, settings
 from tasks.stage import pipeline
@@ -92,10 +92,10 @@ def retrain_embedder(chain: Chain) -> ReleaseResult:
     prepare_environment(settings())
     config = chain.config
     (judge,) = _champions(config.name, "judge")
-    _may_teach(config.name, config.gate.min_kappa)
+    _may_teach(judge, config.gate.min_kappa)
     with data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
         store = prepare_data(config.data)
-        made = train_embedder(config.embedder, store, judge)
+        made = train_embedder(config.embedder, store, judge.ref)
         return release(config.name, retriever=made, gate=config.gate)
 
 
@@ -107,7 +107,8 @@ def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
     """
     prepare_environment(settings())
     config = chain.config
-    judge, encoder, served = _champions(config.name, "judge", "embedder", "index")
+    champions = _champions(config.name, "judge", "embedder", "index")
+    judge, encoder, served = (found.ref for found in champions)
     with data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):
         store = prepare_data(config.data)
         # a finished judge carries the prompt that it reads by
@@ -134,33 +135,32 @@ def artifacts_of(name: str) -> ArtifactStore:
     return ArtifactStore(settings().model_copy(update={"experiment": name}))
 
 
-def _champions(name: str, *roles: str) -> list[ArtifactRef]:
-    """The champions' artifacts, once a move of champions that a crash cut off is carried out.
+def _champions(name: str, *roles: str) -> list[Registered]:
+    """The champions, once a move of champions that a crash cut off is carried out.
 
     Raises:
         ArtifactError: one is missing.
     """
-    artifacts, refs = artifacts_of(name), []
+    artifacts, champions = artifacts_of(name), []
     finish_pending(name, artifacts=artifacts)
     for role in roles:
         found = champion(model_name(name, role), store=artifacts)
         if found is None:
             got = f"no champion of {model_name(name, role)}"
             raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
-        refs.append(found.ref)
-    return refs
+        champions.append(found)
+    return champions
 
 
-def _may_teach(name: str, floor: float) -> None:
+def _may_teach(judge: Registered, floor: float) -> None:
     """The champion judge agrees with people well enough to be a reward; the first champion need
     not, and what it taught would be held after all the training.
 
     Raises:
         ArtifactError: its kappa is below the floor.
     """
-    judge = champion(model_name(name, "judge"), store=artifacts_of(name))
-    kappa = None if judge is None else judge.metrics.get("kappa")
-    if judge is not None and kappa is not None and kappa < floor:
+    kappa = judge.metrics.get("kappa")
+    if kappa is not None and kappa < floor:
         raise ArtifactError(
             explain(
                 f"{judge.name} version {judge.version} with kappa {kappa:.3f} against humans",

@@ -71,6 +71,19 @@ def wait_for(read: Callable[[], Any], good: Callable[[Any], bool], limit_s: floa
     return value
 
 
+@contextmanager
+def prefect_at(port: int) -> Iterator[Any]:
+    """A client of the server on this port of loopback."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}),
+        get_client(sync_client=True) as client,
+    ):
+        yield client
+
+
 def fetch(url: str, body: bytes | None = None) -> bytes | None:
     """What a server on loopback answers, None while it does not; an HTTP error is raised."""
     from urllib.error import HTTPError

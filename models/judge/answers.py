@@ -79,14 +79,15 @@ def explain(
     encoder = judge.encoder
     order = encoder.config.order
     forced = () if order == "think_then_respond" else (encoder.label_ids[grade - 1],)
-    *path, item = encoder.prompt(query, product)
-    prompt = (*path, item + forced)
+    prompt = encoder.prompt(query, product)
+    *path, item = prompt
+    begun = (*path, item + forced)
 
     def draw(count: int, temperature: float) -> list[Response]:
         """Likeliest first."""
         group = sample(
             judge.model,
-            [prompt],
+            [begun],
             group_size=count,
             max_new_tokens=max_new_tokens,
             end_id=encoder.end_id,
@@ -107,7 +108,7 @@ def explain(
         return Explanation(greedy.text, greedy.outcome is not ParseOutcome.TRUNCATED, False)
     if draft.sound and draft.grade == grade:
         return Explanation(draft.text, True, True)
-    text = _held_to_rules(judge, encoder.prompt(query, product), draft, grade)
+    text = _held_to_rules(judge, prompt, draft, grade)
     return Explanation(text, True, True, own=draft.verdicts)
 
 

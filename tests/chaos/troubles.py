@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -21,7 +20,7 @@ from tests.chaos.report import NotTried, Report
 from tests.chaos.server import Proxy, mlflow_server
 from tests.chaos.state import State, read
 from tests.flows.conftest import SMALLER
-from tests.live import free_port, ours, relearn, wait_for
+from tests.live import free_port, ours, prefect_at, relearn, wait_for
 
 CHAIN = ("tests.chaos.chain", "chaos")
 SMALL_RUN = ("flows.cli", "run", "--recipe", "smoke", *(w for c in SMALLER for w in ("--set", c)))
@@ -177,10 +176,7 @@ class Troubles:
             code = child.end(AT_ONCE * self.limit_s)
             wrong += [f"exit code {code}", child.tail()] if code else []
         state, found = read(home, at_rest=True)
-        kinds = {name: len(v) for name, v in state.versions.items()}
-        if sorted(kinds.values()) != [1, 1, 1]:
-            wrong.append(f"model versions {kinds}, not one of each of three")
-        return wrong + found
+        return wrong + _one_of_each(state) + found
 
     def _sigterm(self, home: Path) -> list[str]:
         """In the middle of a stage; the changed setting makes stages that were not made yet."""
@@ -219,7 +215,7 @@ class Troubles:
             up = relearn(home, "up", *ports, limit_s=self.limit_s)
             if up.returncode:
                 return ["relearn up failed", up.stdout + up.stderr]
-            with prefect_at(ports[1]) as client:
+            with prefect_at(int(ports[1])) as client:
                 deployment = client.read_deployment_by_name("retrain/retrain")
                 run = client.create_flow_run_from_deployment(deployment.id, parameters=chain)
                 wait_for(lambda: _begun(home, "judge_cot_sft"), bool, self.limit_s)
@@ -244,10 +240,14 @@ class Troubles:
             wrong += ["relearn down failed", down.stderr] if down.returncode else []
             wrong += [f"processes {left} are left"] if (left := ours(home)) else []
         state, found = read(home, at_rest=True)
-        kinds = {name: len(versions) for name, versions in state.versions.items()}
-        if sorted(kinds.values()) != [1, 1, 1]:
-            wrong.append(f"model versions {kinds}, not one of each of three")
-        return wrong + found
+        return wrong + _one_of_each(state) + found
+
+
+def _one_of_each(state: State) -> list[str]:
+    """Nothing, or what is wrong: judge, encoder and index have one version each."""
+    kinds = {name: len(versions) for name, versions in state.versions.items()}
+    good = sorted(kinds.values()) == [1, 1, 1]
+    return [] if good else [f"model versions {kinds}, not one of each of three"]
 
 
 def _begun(home: Path, stage: str) -> bool:
@@ -255,19 +255,6 @@ def _begun(home: Path, stage: str) -> bool:
     with closing(sqlite3.connect(home / "mlflow.db", timeout=60)) as db:
         found = db.execute("SELECT count(*) FROM runs WHERE name = ?", (stage,)).fetchone()
     return bool(found[0])
-
-
-@contextmanager
-def prefect_at(port: str) -> Iterator[Any]:
-    """A client of the server on this port of loopback."""
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    with (
-        temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}),
-        get_client(sync_client=True) as client,
-    ):
-        yield client
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tasks import processes
-from tests.live import free_port, ours, relearn, wait_for
+from tests.live import free_port, ours, prefect_at, relearn, wait_for
 
 SCHEDULED = "evaluate-champion monitor refresh-index retrain retrain-embedder retrain-judge".split()
 NAMES = sorted([*SCHEDULED, "backfill"])
@@ -30,9 +30,6 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.live
 def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     prefect, mlflow = free_port(), free_port()
     ports = ("--port-prefect", str(prefect), "--port-mlflow", str(mlflow))
     done = relearn(home, "up", *ports)
@@ -48,10 +45,7 @@ def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> 
     assert {prefect, mlflow} <= {a.port for a in listening}
     assert {a.ip for a in listening} == {"127.0.0.1"}
 
-    with (
-        temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{prefect}/api"}),
-        get_client(sync_client=True) as client,
-    ):
+    with prefect_at(prefect) as client:
         found = {d.name: d for d in client.read_deployments()}
         assert sorted(found) == NAMES
         # with sqlalchemy 2.1 these silently never appear
@@ -65,8 +59,7 @@ def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> 
 
         # the monitor's event runs the deployment that it names, with the chain that it watched
         wanted = {"chain": {"recipe": "smoke", "store": "synthetic", "data": None, "changes": []}}
-        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{prefect}/api"}):
-            assert ask(wanted)
+        assert ask(wanted)
         rows = wait_for(lambda: event_runs(client, found["retrain-judge"].id), len)
         assert rows[0].parameters == wanted
         (automation,) = [a for a in client.read_automations() if "retrain-judge" in a.name]

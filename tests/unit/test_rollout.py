@@ -32,17 +32,21 @@ def draw(model: SharedPrefixLM, seed: int = 0, **changes: object) -> list:
     return sample(model, PROMPTS, generator=generator, **(arguments | changes))
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 0), (0.7, 3)])
-def test_sampled_logps_equal_the_trainers(
-    model: SharedPrefixLM, temperature: float, top_k: int
-) -> None:
-    groups = draw(model, temperature=temperature, top_k=top_k)
+def assert_logps(model: SharedPrefixLM, groups: list, temperature: float = 1.0) -> None:
+    """The log-probs that were kept are the trainer's."""
     paths = [(*p, r.ids) for p, g in zip(PROMPTS, groups, strict=True) for r in g]
     with torch.no_grad():
         got = model.eval()(build_tree(paths), temperature=temperature)
     for row, drawn in enumerate(r for g in groups for r in g):
         want = torch.tensor(drawn.logps)
         assert torch.allclose(got.logp_PT[row][got.mask_PT[row]], want, atol=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 0), (0.7, 3)])
+def test_sampled_logps_equal_the_trainers(
+    model: SharedPrefixLM, temperature: float, top_k: int
+) -> None:
+    assert_logps(model, draw(model, temperature=temperature, top_k=top_k), temperature)
 
 
 def test_adapters_are_merged_while_sampling_and_the_weights_come_back_to_the_bit(
@@ -71,12 +75,7 @@ def test_adapters_are_merged_while_sampling_and_the_weights_come_back_to_the_bit
     assert groups == plain and seen and all(seen)
     assert not any(layer.merged for layer in layers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
-    paths = [(*p, r.ids) for p, g in zip(PROMPTS, groups, strict=True) for r in g]
-    with torch.no_grad():
-        got = adapted.eval()(build_tree(paths))
-    for row, drawn in enumerate(r for g in groups for r in g):
-        want = torch.tensor(drawn.logps)
-        assert torch.allclose(got.logp_PT[row][got.mask_PT[row]], want, atol=1e-4)
+    assert_logps(adapted, groups)
 
 
 def test_same_seed_same_rollouts_and_another_seed_others(model: SharedPrefixLM) -> None:
