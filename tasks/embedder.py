@@ -125,7 +125,7 @@ def _index_of_same_vectors(ctx: StageContext, weights: str, dim: int | None) -> 
     return None if found is None else ctx.store.ref(found)
 
 
-@stage(name="embedder_rgrpo", kind="embedder", code_version="6")
+@stage(name="embedder_rgrpo", kind="embedder", code_version="7")
 def embedder_rgrpo(
     ctx: StageContext,
     config: RetrievalGRPOConfig,
@@ -158,7 +158,7 @@ def embedder_rgrpo(
     return dict(counts) | cost | {"judge_cache/hit_rate": relevance.cache.hit_rate}
 
 
-@stage(name="embedder_negatives", kind="data", code_version="1")
+@stage(name="embedder_negatives", kind="data", code_version="2")
 def embedder_negatives(
     ctx: StageContext,
     config: MiningConfig,

@@ -67,7 +67,7 @@ def evaluate_judge(
     return _publish(ctx, JUDGE_TABLE, "judge", rows, rows[-1])
 
 
-@stage(name="evaluate_retrieval", kind="evaluation", code_version="3")
+@stage(name="evaluate_retrieval", kind="evaluation", code_version="4")
 def evaluate_retrieval(
     ctx: StageContext,
     config: RetrievalEvalConfig,

@@ -124,7 +124,7 @@ def judge_cot_sft(
     )
 
 
-@stage(name="judge_probe", kind="judge", code_version="2")
+@stage(name="judge_probe", kind="judge", code_version="3")
 def judge_probe(
     ctx: StageContext,
     config: ProbeConfig,
@@ -151,7 +151,7 @@ def judge_probe(
     )
 
 
-@stage(name="judge_pass_at_n", kind="judge", code_version="4")
+@stage(name="judge_pass_at_n", kind="judge", code_version="5")
 def judge_pass_at_n(
     ctx: StageContext,
     config: PassAtNConfig,
@@ -203,7 +203,7 @@ def judge_dpo(
     )
 
 
-@stage(name="judge_grpo", kind="judge", code_version="6")
+@stage(name="judge_grpo", kind="judge", code_version="7")
 def judge_grpo(
     ctx: StageContext, config: GrpoConfig, judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -241,7 +241,7 @@ def judge_grpo(
     return facts | counts
 
 
-@stage(name="judge", kind="judge", code_version="2")
+@stage(name="judge", kind="judge", code_version="3")
 def judge_calibrated(
     ctx: StageContext, config: CalibrationConfig, judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -265,7 +265,7 @@ def judge_calibrated(
     }
 
 
-@stage(name="judge_answers", kind="judge", code_version="3")
+@stage(name="judge_answers", kind="judge", code_version="4")
 def judge_answers(
     ctx: StageContext,
     config: AnswersConfig,

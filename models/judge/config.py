@@ -138,7 +138,7 @@ class ProbeConfig(BaseModel):
     quiet: float = Field(0.02, ge=0)
     """Weight of the mean squared logit that the moved rows add where no grade is due."""
     bf16: bool = True
-    """Read the features under bf16 autocast where the device has it, as scoring does."""
+    """Read the features in bf16 where the device has it, as scoring does."""
 
 
 class DrawConfig(BaseModel):

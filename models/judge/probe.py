@@ -32,6 +32,7 @@ from models.judge.prompt import PromptEncoder
 from models.judge.scoring import chunks
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import save_whole
+from models.lm.precision import weights_cast
 from models.lm.shared_prefix import Frontier, SharedPrefixLM, build_tree
 from models.lm.weights import load_lm
 from models.teacher.template import write
@@ -177,11 +178,12 @@ def response_gram(
 
 @contextlib.contextmanager
 def _rules_read(model: SharedPrefixLM, encoder: PromptEncoder) -> Iterator[Frontier]:
-    """The rules' frontier; the model does not train inside."""
+    """The rules' frontier; the model does not train inside and reads as scoring does, in bf16."""
     was_training = model.training
     model.eval()
     try:
-        yield model.prefill(build_tree([(encoder.root,)]).to(model.device))[0]
+        with weights_cast(model.modules(), model.bf16):
+            yield model.prefill(build_tree([(encoder.root,)]).to(model.device))[0]
     finally:
         model.train(was_training)
 

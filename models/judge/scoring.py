@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
+from models.lm.precision import has_bf16
 from models.lm.rollout import sample
 from models.lm.shared_prefix import Frontier, PromptTree, SharedPrefixLM, build_tree
 from models.lm.shared_prefix import Path as TokenPath
-from models.lm.weights import load_lm
+from models.lm.weights import Dtype, load_lm
 from models.teacher.response import thought
 from models.types import Product, Query
 
@@ -45,10 +46,11 @@ class ScoringJudge:
     def open(
         cls, folder: str, spec: JudgeSpec, device: str = "cpu", bf16: bool = True
     ) -> ScoringJudge:
-        """Load weights for scoring."""
-        lm, tokenizer = load_lm(folder, device=device)
-        model = SharedPrefixLM(lm.eval(), bf16=bf16)
-        return cls(model, PromptEncoder(tokenizer, spec))
+        """Load weights for scoring: in bf16 where `bf16` permits it and the device has it."""
+        dtype: Dtype = "bfloat16" if bf16 and has_bf16(device) else "float32"
+        lm, tokenizer = load_lm(folder, dtype, device)
+        lm.set_attn_implementation("sdpa")
+        return cls(SharedPrefixLM(lm), PromptEncoder(tokenizer, spec))
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> ScoringJudge:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.lm.precision import weights_cast
 from models.lm.shared_prefix import Path, SharedPrefixLM, build_tree
 
 COMPACT_AT = 0.75
@@ -48,7 +50,8 @@ def sample(
     """G responses for every prompt, in prompt order.
 
     The kept log-probs are those of softmax(logits / temperature) before top-k, so they equal the
-    trainer's at the same temperature when top_k = 0. Adapters are merged meanwhile.
+    trainer's at the same temperature when top_k = 0. Adapters are merged meanwhile, and weights
+    that autocast would cast at every token are cast once.
 
     Returns:
         [P][G] rollouts; a row that hits `max_new_tokens` has finished=False.
@@ -93,6 +96,14 @@ def adapters_merged(lm: torch.nn.Module) -> Iterator[None]:
             weight.data.copy_(before)
 
 
+def _products(causal_lm: Any) -> list[torch.nn.Module]:
+    """What autocast computes in bf16. An output layer tied to the embeddings is not among them:
+    cast, it would take the residual stream to bf16 with it."""
+    embeddings = causal_lm.get_input_embeddings().weight
+    linear = (m for m in causal_lm.modules() if isinstance(m, torch.nn.Linear))
+    return [m for m in linear if m.weight is not embeddings]
+
+
 def _decode(
     model: SharedPrefixLM,
     prompts: Sequence[Path],
@@ -110,25 +121,26 @@ def _decode(
     ids: list[list[int]] = [[] for _ in range(len(logits_RV))]
     logps: list[list[float]] = [[] for _ in range(len(logits_RV))]
     rollout_R = list(range(len(logits_RV)))
-    for position in range(max_new_tokens):
-        token_R, logp_R = _draw(logits_RV, generator, temperature, top_k)
-        drawn = zip(rollout_R, token_R.tolist(), logp_R.tolist(), strict=True)
-        for rollout, token, logp in drawn:
-            if not ids[rollout] or ids[rollout][-1] != end_id:
-                ids[rollout].append(token)
-                logps[rollout].append(logp)
-        alive_R = [ids[rollout][-1] != end_id for rollout in rollout_R]
-        if not any(alive_R) or position == max_new_tokens - 1:
-            break
-        prompts_P, siblings_PG = _still_decoding(alive_R, siblings.group_size)
-        if siblings_PG.size < COMPACT_AT * len(alive_R):
-            kept_R = (prompts_P[:, None] * siblings.group_size + siblings_PG).ravel()
-            siblings.keep(
-                torch.from_numpy(prompts_P).to(device), torch.from_numpy(siblings_PG).to(device)
-            )
-            rollout_R = [rollout_R[row] for row in kept_R.tolist()]
-            token_R = token_R[torch.from_numpy(kept_R).to(device)]
-        logits_RV = model.step(siblings, token_R)
+    with weights_cast(_products(model.causal_lm), model.bf16):
+        for position in range(max_new_tokens):
+            token_R, logp_R = _draw(logits_RV, generator, temperature, top_k)
+            drawn = zip(rollout_R, token_R.tolist(), logp_R.tolist(), strict=True)
+            for rollout, token, logp in drawn:
+                if not ids[rollout] or ids[rollout][-1] != end_id:
+                    ids[rollout].append(token)
+                    logps[rollout].append(logp)
+            alive_R = [ids[rollout][-1] != end_id for rollout in rollout_R]
+            if not any(alive_R) or position == max_new_tokens - 1:
+                break
+            prompts_P, siblings_PG = _still_decoding(alive_R, siblings.group_size)
+            if siblings_PG.size < COMPACT_AT * len(alive_R):
+                kept_R = (prompts_P[:, None] * siblings.group_size + siblings_PG).ravel()
+                siblings.keep(
+                    torch.from_numpy(prompts_P).to(device), torch.from_numpy(siblings_PG).to(device)
+                )
+                rollout_R = [rollout_R[row] for row in kept_R.tolist()]
+                token_R = token_R[torch.from_numpy(kept_R).to(device)]
+            logits_RV = model.step(siblings, token_R)
     return [
         Rollout(tuple(i), tuple(p), finished=i[-1] == end_id)
         for i, p in zip(ids, logps, strict=True)

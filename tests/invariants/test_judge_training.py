@@ -926,6 +926,20 @@ def test_score_does_not_depend_on_the_chunks(
     assert np.abs(other.score(asked) - scorer.score(asked)).max() < 3e-5
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_a_judge_is_read_in_bf16_where_the_device_has_it(
+    able: bool, scorer: ScoringJudge, judge: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.judge.scoring.has_bf16", lambda device: able)
+    asked = [(p.query, p.product) for p in pairs[:13]]
+    opened = ScoringJudge.open(judge, SPEC)
+    dtypes = {p.dtype for p in opened.model.parameters()}
+    assert dtypes == {torch.bfloat16 if able else torch.float32}
+    gap = np.abs(opened.score(asked) - scorer.score(asked)).max()
+    assert gap < (0.03 if able else 3e-5)
+    assert (gap > 1e-5) == able
+
+
 def test_scoring_nothing_and_the_same_pair_twice(scorer: ScoringJudge) -> None:
     assert scorer.score([]).shape == (0, 4)
     pair = make_pair()

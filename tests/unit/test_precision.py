@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.lm import precision
-from models.lm.precision import autocast, has_bf16
+from models.lm.precision import autocast, has_bf16, weights_cast
 
 LINEAR = torch.nn.Linear(4, 4)
 
@@ -41,3 +41,17 @@ def test_a_processor_is_asked_for_its_instructions(
 
 def test_an_unknown_device_computes_in_float32() -> None:
     assert not has_bf16.__wrapped__("mps")
+
+
+@pytest.mark.parametrize("permitted", [True, False])
+def test_weights_are_cast_inside_and_the_same_tensors_afterwards(
+    permitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    kept = LINEAR.weight.data_ptr()
+    with pytest.raises(RuntimeError, match="decoding failed"), weights_cast([LINEAR], permitted):
+        assert LINEAR.weight.dtype == (torch.bfloat16 if permitted else torch.float32)
+        raise RuntimeError("decoding failed")
+    assert LINEAR.weight.dtype == torch.float32 and LINEAR.weight.data_ptr() == kept
+    LINEAR(torch.ones(2, 4)).sum().backward()
+    assert LINEAR.weight.grad is not None and LINEAR.weight.grad.dtype == torch.float32

@@ -127,7 +127,7 @@ def test_only_the_grade_rows_move_and_a_reloaded_model_has_them(
     save_whole(model.lm, encoder.tokenizer, tmp_path / "out")
     SPEC.write(tmp_path / "out")
     asked = [(p.query, p.product) for p in pairs[:5]]
-    kept = ScoringJudge.load(tmp_path / "out").score(asked)
+    kept = ScoringJudge.open(str(tmp_path / "out"), SPEC, bf16=False).score(asked)
     assert kept == pytest.approx(ScoringJudge(model, encoder).score(asked), abs=1e-5)
 
 

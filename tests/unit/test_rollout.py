@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.lm import rollout
+from models.lm import precision, rollout
 from models.lm.rollout import COMPACT_AT, sample
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 
@@ -76,6 +77,30 @@ def test_adapters_are_merged_while_sampling_and_the_weights_come_back_to_the_bit
     assert not any(layer.merged for layer in layers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
     assert_logps(adapted, groups)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_cast_once_and_what_is_drawn_is_what_autocast_draws(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    torch.manual_seed(3)
+    config = LlamaConfig(**(CONFIG.to_dict() | {"tie_word_embeddings": tied}))
+    halved = SharedPrefixLM(LlamaForCausalLM(config), bf16=True)
+    head, inner = halved.head, halved.causal_lm.model.layers[0].mlp.up_proj
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    step = SharedPrefixLM.step
+
+    def watched(self: SharedPrefixLM, siblings: Any, ids_R: torch.Tensor) -> torch.Tensor:
+        seen.append((inner.weight.dtype, head.weight.dtype))
+        return step(self, siblings, ids_R)
+
+    monkeypatch.setattr(SharedPrefixLM, "step", watched)
+    groups = draw(halved)
+    assert set(seen) == {(torch.bfloat16, torch.float32 if tied else torch.bfloat16)}
+    assert {p.dtype for p in halved.parameters()} == {torch.float32}
+    monkeypatch.setattr(rollout, "weights_cast", lambda *_: contextlib.nullcontext())
+    assert draw(halved) == groups
 
 
 def test_same_seed_same_rollouts_and_another_seed_others(model: SharedPrefixLM) -> None:
