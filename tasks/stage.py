@@ -101,7 +101,8 @@ class Pipeline:
     """One run of the whole chain: the MLflow run its stages nest under, and what they did."""
 
     run_id: str
-    experiment: str
+    settings: Settings
+    """With the pipeline's experiment and run id."""
     reports: list[StageReport] = field(default_factory=list)
     on_progress: OnProgress | None = None
 
@@ -132,7 +133,8 @@ def pipeline(
     tags |= _source_tags()
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
     link_to_mlflow(current, store.experiment_id, run_id, name)
-    opened = Pipeline(run_id, current.experiment, on_progress=on_progress)
+    current = current.model_copy(update={"pipeline_run": run_id})
+    opened = Pipeline(run_id, current, on_progress=on_progress)
     token = _pipeline.set(opened)
     status = "KILLED"
     try:
@@ -701,11 +703,9 @@ def _is_transient(task: object, run: object, state: Any) -> bool:
 
 
 def current_settings() -> Settings:
-    """Settings of the environment, with the open pipeline's experiment and run id."""
-    current, outer = settings(), _pipeline.get()
-    if outer is None:
-        return current
-    return current.model_copy(update={"experiment": outer.experiment, "pipeline_run": outer.run_id})
+    """The open pipeline's settings, else those of the environment."""
+    outer = _pipeline.get()
+    return settings() if outer is None else outer.settings
 
 
 @contextlib.contextmanager
