@@ -379,7 +379,8 @@ def with_settings(config: PipelineConfig, changes: Sequence[str]) -> PipelineCon
         return PipelineConfig.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(p) for p in first["loc"])
+        # a part in brackets is pydantic's name for a type that was tried
+        where = ".".join(str(p) for p in first["loc"] if "[" not in str(p))
         raise ConfigError(
             explain(f"{where} = {first['input']!r}", first["msg"].lower(), "change --set")
         ) from None

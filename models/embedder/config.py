@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 SFT_PAIRS = 20_000
 """Pairs SFT keeps, and so the anchor of Retrieval-GRPO."""
+
+Event = Literal["click", "cart", "purchase"]
+Interactions = dict[Event, PositiveFloat] | bool
+"""What an event says of a pair that nobody has judged. True: a cart or purchase makes it a positive
+of weight 1. False: nothing. Else the weight by event; the heaviest counts, others say nothing."""
+
+
+def _unchanged(interactions: Interactions) -> bool:
+    return interactions is True
 
 
 class FitConfig(BaseModel):
@@ -46,8 +55,9 @@ class ContrastiveConfig(FitConfig):
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives (4: the Excellent ones); grade 4 weighs 1,
     grade 3 weighs 2/3, grade 2 weighs 1/3, times the judgment's own weight."""
-    interactions: bool = True
-    """Whether cart and purchase events of train queries are positives too (weight 1)."""
+    interactions: Interactions = True
+    """Whether events of train queries are positives too: cart and purchase with weight 1, or by
+    event, e.g. {"purchase": 1, "cart": 0.6, "click": 0.2}."""
     mask_false_negatives: bool = True
     """Whether known positives and copies are masked out of the negatives."""
     chunk: int | None = Field(default=None, ge=1)
@@ -70,9 +80,9 @@ class MiningConfig(BaseModel):
     """Negatives kept a query, the nearest first."""
     max_good: float = Field(default=0.5, ge=0, le=1)
     """Largest P3 + P4 of a negative; .5: the judge says grade 1 or 2."""
-    interactions: bool = Field(default=True, exclude_if=bool)
-    """Whether cart and purchase events are positives too; the flows take SFT's. Not in the dump
-    when true, so that what was made before it could be turned off stays valid."""
+    interactions: Interactions = Field(default=True, exclude_if=_unchanged)
+    """Whether events are positives too; the flows take SFT's. Not in the dump when true, so that
+    what was made before it could be set stays valid."""
     seed: int = 0
 
 
@@ -96,7 +106,7 @@ class HardNegativeConfig(FitConfig):
     """Weight of in-batch InfoNCE beside it, as in Retrieval-GRPO; 0 turns it off."""
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives."""
-    interactions: bool = Field(default=True, exclude_if=bool)
+    interactions: Interactions = Field(default=True, exclude_if=_unchanged)
     """As in MiningConfig."""
     lr: float = Field(default=4e-5, gt=0)
     """Peak learning rate of AdamW, linear decay."""
@@ -152,7 +162,7 @@ class RetrievalGRPOConfig(BaseModel):
     """Pairs of the anchor, a step."""
     min_grade: int = Field(default=4, ge=2, le=4)
     """Judgments from this grade on are positives of the anchor."""
-    interactions: bool = Field(default=True, exclude_if=bool)
+    interactions: Interactions = Field(default=True, exclude_if=_unchanged)
     """As in MiningConfig."""
     anchor_pairs: int | None = Field(default=SFT_PAIRS, ge=2, exclude_if=lambda n: n == SFT_PAIRS)
     """Pairs of the anchor, drawn at random; None: all. The flows take SFT's `max_pairs`, and the

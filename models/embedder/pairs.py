@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from models.embedder.config import ContrastiveConfig
+from models.embedder.config import ContrastiveConfig, Event, Interactions
 from models.errors import DataContractError, explain
 from models.objectives.infonce import false_negatives
 from models.store import Store
@@ -31,32 +31,45 @@ class PositivePair:
 def positive_pairs(
     store: Store, config: ContrastiveConfig, split: str = "train"
 ) -> list[PositivePair]:
-    """Judgments with grade >= min_grade, and cart and purchase events, of one split's queries.
+    """Judgments with grade >= min_grade, and events, of one split's queries.
 
-    A pair of both kinds appears once, with its judged weight; an event never overrules a judgment
-    below `min_grade`. Order: as in the tables; a cut to `max_pairs` is drawn with `seed`.
+    A pair with several events has the weight of the heaviest. A pair of both kinds appears once,
+    with its judged weight; an event never overrules a judgment below `min_grade`.
+    Order: as in the tables; a cut to `max_pairs` is drawn with `seed`.
 
     Raises:
         DataContractError: fewer than two pairs.
     """
     qrels = store.qrels(split)
     weights = _judged_weights(store, qrels, config.min_grade)
-    if config.interactions:
+    said = event_weights(config.interactions)
+    if said:
         wanted = set(store.query_ids(split))
         columns = (store.interactions[c].to_pylist() for c in ("query_id", "product_id", "event"))
         for q, p, event in zip(*columns, strict=True):
-            if event in ("cart", "purchase") and q in wanted and p not in qrels.get(q, {}):
-                weights.setdefault((q, p), 1.0)
+            if event in said and q in wanted and p not in qrels.get(q, {}):
+                weights[q, p] = max(weights.get((q, p), 0.0), said[event])
     pairs = [PositivePair(q, p, w) for (q, p), w in weights.items() if p in store.product_by_id]
     if len(pairs) < 2:
         raise DataContractError(
             explain(
                 f"{len(pairs)} positive pairs in the {split} split",
-                f"at least two judgments with grade >= {config.min_grade}, or cart events",
+                f"at least two judgments with grade >= {config.min_grade}, or events",
                 "lower min_grade, or add labelled queries",
             )
         )
     return cut_pairs(pairs, config.max_pairs, config.seed)
+
+
+def event_weights(interactions: Interactions) -> Mapping[Event, float]:
+    """The weight of a positive by event; events that say nothing are left out.
+
+    >>> event_weights(True), event_weights(False), event_weights({"click": 0.2})
+    ({'cart': 1.0, 'purchase': 1.0}, {}, {'click': 0.2})
+    """
+    if isinstance(interactions, bool):
+        return {"cart": 1.0, "purchase": 1.0} if interactions else {}
+    return interactions
 
 
 def cut_pairs(pairs: list[PositivePair], max_pairs: int | None, seed: int) -> list[PositivePair]:

@@ -67,6 +67,7 @@ def test_the_form_explains_its_fields() -> None:
         ("embedder.evaluation.ks=[5, 20]", "embedder.evaluation.ks", (5, 20)),
         ("refresh.max_deleted=0.5", "refresh.max_deleted", 0.5),
         ("data.source.num_products=500", "data.source.num_products", 500),
+        ('embedder.sft.interactions={"cart": 2}', "embedder.sft.interactions", {"cart": 2.0}),
     ],
 )
 def test_one_setting_changes_and_no_other(change: str, path: str, value: object) -> None:
@@ -128,6 +129,8 @@ def test_later_changes_win_and_the_original_stays() -> None:
         ("name=Upper Case", r"name = 'Upper Case'"),
         ("data.source.kind=nowhere", r"nowhere.*synthetic"),
         ('judge.teacher={"kind": "chat"}', r"judge\.teacher\.chat\.model.*required"),
+        ('embedder.sft.interactions={"view": 1}', r"got embedder\.sft\.interactions\.view = .*cart"),
+        ('embedder.sft.interactions={"cart": 0}', r"interactions\.cart = 0.*greater than 0"),
         ("judge.teacher.kind=oracle", r"oracle.*'template', 'chat'"),
     ],
 )

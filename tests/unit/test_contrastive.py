@@ -150,6 +150,33 @@ def test_unjudged_carts_are_positives(store: Store) -> None:
     assert ("q-red-sofa", "red-lamp") not in {(p.query_id, p.product_id) for p in without}
 
 
+def test_events_weigh_as_told_and_the_heaviest_of_a_pair_counts(store: Store) -> None:
+    events = [("red-lamp", "purchase"), ("red-lamp", "click"), ("blue-lamp", "click")]
+    events += [("blue-lamp", "cart"), ("green-lamp", "click"), ("red-sofa", "click")]
+    log = [{"query_id": "q-red-sofa", "product_id": p, "event": e} for p, e in events * 2]
+    lamps = {f"{colour}-lamp" for colour in COLOURS}
+    keep = [row for row in store.judgments.to_pylist() if row["product_id"] not in lamps]
+    bare = Store(
+        store.products,
+        store.queries,
+        pa.Table.from_pylist(keep, schema=TABLES["judgments"]),
+        pa.Table.from_pylist(log, schema=TABLES["interactions"]),
+        {},
+    )
+
+    def lamp_weights(interactions: Any) -> dict[str, float]:
+        config = ContrastiveConfig(interactions=interactions)
+        found = {p.product_id: p.weight for p in positive_pairs(bare, config)}
+        assert found["red-sofa"] == 1.0, "judged: a click does not lower it"
+        return {p: w for p, w in found.items() if p in lamps}
+
+    assert lamp_weights(True) == {"red-lamp": 1.0, "blue-lamp": 1.0}
+    graded = {"click": 0.2, "cart": 0.6, "purchase": 1.0}
+    assert lamp_weights(graded) == {"red-lamp": 1.0, "blue-lamp": 0.6, "green-lamp": 0.2}
+    assert lamp_weights({"purchase": 2.0}) == {"red-lamp": 2.0}
+    assert lamp_weights({}) == lamp_weights(False) == {}
+
+
 def test_no_positives_is_one_clear_error(store: Store) -> None:
     with pytest.raises(DataContractError, match="min_grade"):
         positive_pairs(store, ContrastiveConfig(), split="validation")
