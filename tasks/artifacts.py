@@ -32,6 +32,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import ArtifactError, ConfigError, explain
+from models.files import replace_text
 from tasks.faults import Patient, if_absent, patiently, probe, sqlite_file
 from tasks.processes import SAME_START_S
 from tasks.settings import Settings
@@ -493,7 +494,7 @@ class ArtifactStore:
         else:
             root.mkdir(parents=True, exist_ok=True)
             shutil.move(folder, root / DATA)
-            _write_atomically(root / MANIFEST, json.dumps(manifest, indent=1))
+            replace_text(root / MANIFEST, json.dumps(manifest, indent=1))
         self.client.set_terminated(run_id, "FINISHED")
         return self.ref(self.client.get_run(run_id))
 
@@ -619,9 +620,3 @@ def describe(folder: Path) -> dict[str, dict[str, Json]]:
                 entry["sha256"] = _sha256(path)
             out[path.relative_to(folder).as_posix()] = entry
     return out
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)

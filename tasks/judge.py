@@ -316,11 +316,11 @@ def pool_confidence(scratch: Path, ask: Callable[[], np.ndarray]) -> np.ndarray:
     the pool that its checkpoint counts, though another device may round another way."""
     import numpy as np
 
-    from models.index.facts import write_text
+    from models.files import replace_text
 
     path = scratch / "confidence.json"
     if not path.is_file():
-        write_text(path, json.dumps([float(c) for c in ask()]))
+        replace_text(path, json.dumps([float(c) for c in ask()]))
     return np.array(json.loads(path.read_text(encoding="utf-8")))
 
 

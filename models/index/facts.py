@@ -6,13 +6,13 @@ A folder with an index holds `products.lance`, `index.json` (IndexFacts) and `pr
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import ArtifactError, explain
+from models.files import replace_text
 from models.index.config import IndexConfig, Kind
 
 FACTS = "index.json"
@@ -69,7 +69,7 @@ class IndexFacts(BaseModel):
     def write(self, folder: Path, probes_PD: np.ndarray) -> None:
         """Keep facts and probes in `folder`."""
         np.save(folder / PROBES, probes_PD)
-        write_text(folder / FACTS, self.model_dump_json(indent=1))
+        replace_text(folder / FACTS, self.model_dump_json(indent=1))
 
     @classmethod
     def read(cls, folder: Path | str) -> tuple[IndexFacts, np.ndarray]:
@@ -97,13 +97,3 @@ def _bytes(folder: Path | str, name: str) -> bytes:
     system, path = FileSystem.from_uri(folder)
     with system.open_input_stream(f"{path}/{name}") as stream:
         return bytes(stream.read())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: after a crash it holds the old text or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)

@@ -37,9 +37,10 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import ArtifactError, explain
+from models.files import replace_text
 from models.index.build import index_all, measured_facts
 from models.index.config import RefreshConfig
-from models.index.facts import IndexFacts, write_text
+from models.index.facts import IndexFacts
 from models.index.lance import TABLE, LanceIndex, connect, open_table
 from models.index.recall import check
 from models.types import MetricSink
@@ -223,7 +224,7 @@ class PublishedIndex:
         (self.folder / "versions").mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "writer.lock"):
             if self._asked is not None:
-                write_text(self.folder / "keep", str(self._asked))
+                replace_text(self.folder / "keep", str(self._asked))
             yield
 
     def finished(self, work: str) -> Publication | None:
@@ -261,7 +262,7 @@ class PublishedIndex:
             facts=facts,
         )
         np.save(self._path(made.version).with_suffix(".npy"), probes_PD)
-        write_text(self._path(made.version), made.model_dump_json(indent=1))
+        replace_text(self._path(made.version), made.model_dump_json(indent=1))
         return made
 
     def serve(self, made: Publication, sink: MetricSink) -> None:
@@ -353,7 +354,7 @@ class PublishedIndex:
         table = open_table(self.folder)
         for version in sorted(kept.keys() - stay):
             found = self._record(version)
-            write_text(self._left(found.origin.fingerprint), json.dumps(found.deltas))
+            replace_text(self._left(found.origin.fingerprint), json.dumps(found.deltas))
             table.tags.delete(f"v{version}")
         for path in (self.folder / "versions").iterdir():
             if path.stem.isdigit() and int(path.stem) not in stay:

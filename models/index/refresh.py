@@ -24,9 +24,10 @@ import numpy as np
 import pyarrow as pa
 
 from models.errors import ArtifactError, ConfigError, explain
+from models.files import replace_text
 from models.index.build import index_vectors, measured_facts
 from models.index.config import RefreshConfig, resolve_kind
-from models.index.facts import IndexFacts, write_text
+from models.index.facts import IndexFacts
 from models.index.filters import one_of
 from models.index.lance import open_table, vector_index_stats
 from models.index.published import Publication, PublishedIndex
@@ -133,7 +134,7 @@ def _writable(published: PublishedIndex, base: Publication, work: str) -> tuple[
     if table.version != held:
         table.checkout(held)
         table.restore()
-    write_text(published.pending, work)
+    replace_text(published.pending, work)
     return table, False
 
 
