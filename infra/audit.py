@@ -29,7 +29,7 @@ def main() -> int:
     )
     python = parser.parse_args().python
     pins = read_pins(CONSTRAINTS.read_text(encoding="utf-8"))
-    wrong = unpinned(pins, installed())
+    wrong = unpinned(implied(pins) | pins, installed())
     for line in wrong:
         print(f"audit: {line}", file=sys.stderr)
     if not wrong:
@@ -83,14 +83,41 @@ def installed() -> dict[str, str]:
     return found
 
 
+def implied(pins: Mapping[str, str]) -> dict[str, str]:
+    """{canonical name: version} of what a pinned package wants in one version, and so on from
+    there: torch's CUDA libraries, which its CPU build does without. "13.0.*": any of these."""
+    out: dict[str, str] = {}
+    todo = [(name, frozenset[str]()) for name in pins]
+    while todo:
+        name, extras = todo.pop()
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        for needed in _requirements(distribution, extras):
+            exact = [s.version for s in needed.specifier if s.operator == "=="]
+            child = canonicalize_name(needed.name)
+            if exact and child not in out and child not in pins:
+                out[child] = exact[0]
+                todo.append((child, frozenset(needed.extras)))
+    return out
+
+
 def _needs(
     distribution: metadata.Distribution, extras: frozenset[str]
 ) -> Iterator[tuple[str, frozenset[str]]]:
+    for needed in _requirements(distribution, extras):
+        yield canonicalize_name(needed.name), frozenset(needed.extras)
+
+
+def _requirements(
+    distribution: metadata.Distribution, extras: frozenset[str]
+) -> Iterator[Requirement]:
     for line in distribution.requires or ():
         needed = Requirement(line)
         wanted = ["", *extras]
         if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in wanted):
-            yield canonicalize_name(needed.name), frozenset(needed.extras)
+            yield needed
 
 
 def unpinned(pins: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
@@ -99,9 +126,15 @@ def unpinned(pins: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     for name, version in sorted(found.items()):
         if name not in pins:
             out.append(f"{name} {version} is not pinned; do this: add it to {CONSTRAINTS.name}")
-        elif pins[name].split("+")[0] != version.split("+")[0]:
+        elif not _same(version, pins[name]):
             out.append(f"{name} {version} is installed, {pins[name]} pinned; do this: make setup")
     return out
+
+
+def _same(version: str, pin: str) -> bool:
+    if pin.endswith("*"):
+        return f"{version}.".startswith(pin[:-1])
+    return version.split("+")[0] == pin.split("+")[0]
 
 
 def vulnerabilities(python: str) -> list[str] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 SCRIPT = Path(__file__).resolve().parents[2] / "infra" / "audit.py"
 TOOL = """#!/bin/sh
@@ -42,6 +43,44 @@ def test_what_is_not_pinned_is_named(audit: ModuleType) -> None:
     assert "pandas 3.0.0 is not pinned" in missing
     with pytest.raises(ValueError, match="pandas>=2"):
         audit.read_pins("pandas>=2")
+
+
+def test_what_a_pinned_package_wants_in_one_version_is_pinned_with_it(
+    audit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch on a machine with CUDA, its toolkit and the libraries of the extras it names."""
+    needs = {
+        "wheel-torch": ['cuda-kit[blas]==13.0.2; sys_platform != "none"', "loose>=1"],
+        "cuda-kit": ['blas==13.0.*; extra == "blas"', 'fft==13.0.*; extra == "fft"'],
+        "blas": [],
+    }
+    for name, lines in needs.items():
+        folder = tmp_path / f"{name.replace('-', '_')}-1.dist-info"
+        folder.mkdir()
+        wants = "".join(f"Requires-Dist: {line}\n" for line in lines)
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n{wants}"
+        (folder / "METADATA").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pins = {"wheel-torch": "1"}
+    assert audit.implied(pins) == {"cuda-kit": "13.0.2", "blas": "13.0.*"}
+    found = {"cuda-kit": "13.0.2", "blas": "13.0.7", "loose": "1", "fft": "13.0.1"}
+    wrong = audit.unpinned(audit.implied(pins) | pins, found)
+    assert [line.split()[0] for line in wrong] == ["fft", "loose"]
+    (other,) = audit.unpinned({"blas": "13.0.*"}, {"blas": "13.1.0"})
+    assert "blas 13.1.0 is installed" in other
+    assert not audit.unpinned({"blas": "13.*"}, {"blas": "13"})
+
+
+def test_a_push_is_tested_and_audited_and_so_is_a_week_without_one() -> None:
+    workflow = yaml.safe_load((SCRIPT.parents[1] / ".github" / "workflows" / "ci.yml").read_text())
+    runs = {
+        name: [step["run"] for step in job["steps"] if "run" in step]
+        for name, job in workflow["jobs"].items()
+    }
+    assert runs == {"test": [".ci/run"], "audit": ["make audit"]}
+    when = workflow[True]  # YAML's "on"
+    assert {"push", "pull_request", "schedule"} <= when.keys()
+    assert workflow["permissions"] == {"contents": "read"}
 
 
 def test_every_direct_dependency_is_looked_at_and_pinned(audit: ModuleType) -> None:
