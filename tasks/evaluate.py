@@ -45,7 +45,7 @@ class RetrievalEvalConfig(BaseModel):
         return max((depth, *info.data.get("ks", ())))
 
 
-@stage(name="evaluate_judge", kind="evaluation", code_version="5")
+@stage(name="evaluate_judge", kind="evaluation", code_version="6")
 def evaluate_judge(
     ctx: StageContext, answers: dict[str, ArtifactRef], judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -64,7 +64,8 @@ def evaluate_judge(
     assert spec.cumpt is not None, "the judge artifact is calibrated"
     rows = judge_rows(loaded, data, spec.prompt.order, spec.cumpt)
     judge_outcomes(list(loaded.values())[-1], data, spec.cumpt).write(ctx.out)
-    return _publish(ctx, JUDGE_TABLE, "judge", rows, rows[-1])
+    last = [r for r in rows if r["segment"] == "all"][-1]
+    return _publish(ctx, JUDGE_TABLE, "judge", rows, last)
 
 
 @stage(name="evaluate_retrieval", kind="evaluation", code_version="4")

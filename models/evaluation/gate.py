@@ -60,10 +60,10 @@ class GateConfig(BaseModel):
     max_slice_drop: float = Field(0.05, ge=0)
     """Absolute drop within one segment; wider, because a segment has a tenth of the units."""
     min_units: int = Field(30, ge=1)
-    """Pairs (judge) and queries (retriever) below which a percentile bootstrap is too narrow to be
-    believed; with fewer a person is asked."""
+    """Queries below which a percentile bootstrap is too narrow to be believed; with fewer a person
+    is asked."""
     min_slice_units: int = Field(10, ge=1)
-    """Units below which a segment is shown but not decided on."""
+    """Queries below which a segment is shown but not decided on."""
     bootstrap_samples: int = Field(2000, ge=100)
     """Resamples of a 95 % interval; its ends move by about a twentieth of its width."""
     seed: int = 0
@@ -194,7 +194,7 @@ def decide(candidate: Contender, champion: Contender | None, config: GateConfig)
         rows.append(comparable)
         if comparable.passed:
             slices, compared[role] = _slices(role, pairs, config)
-            rows += [_enough(role, compared[role].n, config), *slices]
+            rows += [_enough(role, _num_queries(pairs[0], pairs[3]), config), *slices]
     if len(compared) == len(METRIC_OF_ROLE):
         rows.append(_gain(compared, champion, config))
     return Decision.of(rows)
@@ -237,14 +237,14 @@ def _number(contender: Contender, role: str, name: str) -> float | None:
     return None if outcomes is None else outcomes.numbers.get(name)
 
 
-Paired = tuple[Mapping[str, float], Mapping[str, float], Mapping[str, str]]
-"""Candidate's and champion's value by unit, and the unit's segment."""
+Paired = tuple[Mapping[str, float], Mapping[str, float], Mapping[str, str], Mapping[str, str]]
+"""Candidate's and champion's value by unit, the unit's segment, and the query of a pair."""
 
 
 def _comparable(role: str, candidate: Contender, champion: Contender) -> tuple[Reason, Paired]:
     """Whether both were measured on the same units of the same set."""
     ours, theirs = candidate.outcomes.get(role), champion.outcomes.get(role)
-    pairs: Paired = ({}, {}, {})
+    pairs: Paired = ({}, {}, {}, {})
     note = ""
     if ours is None:
         note = "the candidate was not measured"
@@ -257,7 +257,7 @@ def _comparable(role: str, candidate: Contender, champion: Contender) -> tuple[R
     elif not ours.values:
         note = "no units"
     else:
-        pairs = ours.values, theirs.values, ours.segments
+        pairs = ours.values, theirs.values, ours.segments, ours.queries
     reason = Reason(
         f"{role}: same evaluation set",
         None if ours is None else ours.evaluation_set[:12],
@@ -269,15 +269,19 @@ def _comparable(role: str, candidate: Contender, champion: Contender) -> tuple[R
     return reason, pairs
 
 
-def _enough(role: str, units: int, config: GateConfig) -> Reason:
-    passed = units >= config.min_units
+def _enough(role: str, queries: int, config: GateConfig) -> Reason:
+    passed = queries >= config.min_units
     note = "" if passed else "too few for a significance test"
-    return Reason(f"{role}: units", units, None, config.min_units, passed, Outcome.ASK, note)
+    return Reason(f"{role}: queries", queries, None, config.min_units, passed, Outcome.ASK, note)
+
+
+def _num_queries(units: Iterable[str], queries: Mapping[str, str]) -> int:
+    return len({queries.get(unit, unit) for unit in units})
 
 
 def _slices(role: str, pairs: Paired, config: GateConfig) -> tuple[list[Reason], Comparison]:
     """One row for all units and one a segment, and the comparison over all units."""
-    ours, theirs, segments = pairs
+    ours, theirs, segments, queries = pairs
     rows, overall = [], None
     for segment in (ALL, *sorted({segments.get(unit, ALL) for unit in ours} - {ALL})):
         units = [u for u in sorted(ours) if segment in (ALL, segments.get(u))]
@@ -286,10 +290,11 @@ def _slices(role: str, pairs: Paired, config: GateConfig) -> tuple[list[Reason],
             [theirs[u] for u in units],
             config.bootstrap_samples,
             config.seed,
+            clusters=[queries.get(u, u) for u in units],
         )
         overall = overall or found
         bound = config.max_drop if segment == ALL else config.max_slice_drop
-        few = segment != ALL and found.n < config.min_slice_units
+        few = segment != ALL and _num_queries(units, queries) < config.min_slice_units
         note = f"{found.diff:+.3f} [{found.low:+.3f}, {found.high:+.3f}], "
         note += f"{found.win} better, {found.loss} worse of {found.n}"
         rows.append(

@@ -87,7 +87,8 @@ def reasoning_metrics(
 
     rule_adherence: share that is well formed and whose grade its own verdicts allow.
     contradiction_rate: share, of those stating grade and verdicts, whose grade breaks the rule
-    table. category_accuracy: share, of pairs with gold verdicts, whose category verdict is right.
+    table; left out where none states both. category_accuracy: share, of pairs with gold verdicts,
+    whose category verdict is right.
     """
     if not responses:
         return {}
@@ -97,9 +98,10 @@ def reasoning_metrics(
     known = [(r, g) for r, g in zip(responses, gold, strict=True) if g is not None]
     out = {
         "rule_adherence": sum(r.sound for r in responses) / len(responses),
-        "contradiction_rate": bad / stated if stated else 1.0,
         "malformed_rate": 1 - well / len(responses),
     }
+    if stated:
+        out["contradiction_rate"] = bad / stated
     if known:
         right = sum(r.verdicts is not None and r.verdicts.category == g.category for r, g in known)
         out["category_accuracy"] = right / len(known)

@@ -38,6 +38,9 @@ class Outcomes:
     """Segment of each unit in `values`."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the whole set: kappa, macro_f1, ..."""
+    queries: Mapping[str, str] = field(default_factory=dict)
+    """Query of each unit that is a pair: those of one query are not independent. Empty: each unit
+    stands for itself."""
 
     def write(self, folder: Path) -> None:
         """Write outcomes.json into `folder`."""
@@ -74,6 +77,7 @@ def judge_outcomes(answers: Sequence[Mapping[str, Any]], store: Store, cumpt: Cu
         values={i: float(g == t) for i, g, t in zip(ids, grades_N, gold_N, strict=True)},
         segments={i: q.segment for i, (q, _, _) in zip(ids, content, strict=True)},
         numbers=grade_metrics(gold_N, grades_N),
+        queries={i: q.query_id for i, (q, _, _) in zip(ids, content, strict=True)},
     )
 
 

@@ -39,8 +39,12 @@ def paired_bootstrap(
     num_samples: int = 10_000,
     seed: int = 0,
     tolerance: float = 1e-9,
+    clusters: Sequence[str] | None = None,
 ) -> Comparison:
     """Resample queries with replacement; mean difference, 95 % interval, p, win/tie/loss.
+
+    clusters: the query of each value where there are several a query (judged pairs): a query is
+    drawn with all of its values, as they are not independent.
 
     p = 2 min(P(mean* <= 0), P(mean* >= 0)), at most 1 and never below 1/num_samples. No query at
     all, or all differences 0, gives diff 0, interval [0, 0] and p 1. Pairs with a NaN are left out.
@@ -61,12 +65,19 @@ def paired_bootstrap(
             )
         )
     delta = np.asarray(candidate, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    delta = delta[~np.isnan(delta)]
+    known = ~np.isnan(delta)
+    delta = delta[known]
     n = len(delta)
     win, loss = int((delta > tolerance).sum()), int((delta < -tolerance).sum())
     if win == loss == 0:
         return Comparison(0.0, 0.0, 0.0, 1.0, 0, n, 0, n)
-    means = _resampled_means(delta, num_samples, seed)
+    if clusters is None:
+        means = _resampled_means(delta, num_samples, seed)
+    else:
+        query_N = np.unique(np.asarray(clusters)[known], return_inverse=True)[1]
+        sums, counts = np.bincount(query_N, delta), np.bincount(query_N).astype(np.float64)
+        drawn_sums = _resampled_means(sums, num_samples, seed)
+        means = drawn_sums / _resampled_means(counts, num_samples, seed)  # the same draws
     low, high = np.percentile(means, [2.5, 97.5])
     tail = 2.0 * min(float((means <= 0).mean()), float((means >= 0).mean()))
     p = min(1.0, max(tail, 1.0 / num_samples))

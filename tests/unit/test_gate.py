@@ -53,6 +53,25 @@ CHAMPION = make_contender("old", HALF, HALF)
 WINNER = make_contender("new", HALF, BETTER)
 
 
+def test_pairs_of_one_query_are_one_draw() -> None:
+    """Eight queries better and five worse, ten pairs each: many pairs, few draws."""
+    values = [1.0] * 80 + [0.0] * 50 + [0.5] * 170
+    queries = {f"u{i:03d}": f"q{i // 10}" for i in range(300)}
+    alone = [make_contender(n, v, [0.5] * 300) for n, v in (("n", values), ("o", [0.5] * 300))]
+    pairs = [with_outcomes(contender, "judge", queries=queries) for contender in alone]
+
+    def judge_note(contenders: list[Contender]) -> tuple[float, float, Any]:
+        rows = {r.name: r for r in decide(*contenders, GateConfig()).reasons}
+        note = rows["judge accuracy, all"].note
+        low, high = note.split("[")[1].split("]")[0].split(", ")
+        return float(low), float(high), rows["judge: queries"].candidate
+
+    low, high, count = judge_note(alone)
+    low_q, high_q, count_q = judge_note(pairs)
+    assert (count, count_q) == (300, 30)
+    assert low > 0 > low_q and high_q - low_q > 2 * (high - low)
+
+
 def with_outcomes(contender: Contender, role: str, **changes: Any) -> Contender:
     """`contender` with other outcomes of one role."""
     changed = replace(contender.outcomes[role], **changes)
@@ -75,12 +94,12 @@ def test_a_clear_win_is_promoted_with_every_check_in_a_row() -> None:
         "retrieval nDCG@10",
         "index recall@10",
         "judge: same evaluation set",
-        "judge: units",
+        "judge: queries",
         "judge accuracy, all",
         "judge accuracy, a",
         "judge accuracy, b",
         "retrieval: same evaluation set",
-        "retrieval: units",
+        "retrieval: queries",
         "retrieval nDCG@10, all",
         "retrieval nDCG@10, a",
         "retrieval nDCG@10, b",
@@ -262,7 +281,7 @@ def test_a_tiny_set_asks(units: int, outcome: Outcome | None) -> None:
     old, new = (make_contender(n, [v] * units, [v] * units) for n, v in (("o", 0.5), ("n", 0.9)))
     decision = decide(new, old, CONFIG)
     assert decision.outcome is (outcome or Outcome.PROMOTE)
-    assert failed(decision) == (["judge: units", "retrieval: units"] if outcome else [])
+    assert failed(decision) == (["judge: queries", "retrieval: queries"] if outcome else [])
 
 
 def test_a_gain_over_a_champion_that_found_nothing() -> None:

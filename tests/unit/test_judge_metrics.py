@@ -29,6 +29,11 @@ def test_macro_f1_is_the_mean_of_the_class_f1s() -> None:
     assert got["accuracy"] == pytest.approx(3 / 4)
 
 
+def test_no_contradiction_rate_where_nothing_states_grade_and_verdicts() -> None:
+    got = reasoning_metrics([parse_response("4", "label_only", True)] * 3, [None] * 3)
+    assert got == {"rule_adherence": 1.0, "malformed_rate": 0.0}
+
+
 def test_kappa_of_a_constant_is_zero_and_of_gold_is_one() -> None:
     gold = np.array([1, 2, 3, 4])
     assert grade_metrics(gold, np.full(4, 3))["kappa"] == 0
