@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from typing import Any
 
 from models.types import Product
 
 _WORD = re.compile(r"\d+(?:[.,]\d+)?|[^\W\d_]+", re.UNICODE)
+_WORDS = re.compile(r"\w+")
 _CONTROL = re.compile(
     r"<[|｜][^<>|｜]{0,60}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|</?think>|<(?:start|end)_of_turn>"
     r"|<(?:bos|eos|pad|unk)>",
@@ -43,17 +45,22 @@ def terms(text: str) -> tuple[str, ...]:
     >>> terms("Running shoes for the Runner, 10 mm")
     ('run', 'shoe', 'runner', '10', 'mm')
     """
-    words = (w for w in _WORD.findall(text.lower()) if w not in _STOP)
+    words = (w for w in _WORD.findall(composed(text).lower()) if w not in _STOP)
     return tuple(dict.fromkeys(_stem(w) for w in words))
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces: the form in which two queries count as the same query.
+    """Lower case, composed characters, single spaces: the form in which two queries count as one.
 
-    >>> normalise("  Red   SHOES ")
-    'red shoes'
+    >>> normalise("  Red   SHOES "), normalise("cafe\\u0301") == normalise("caf\\u00e9")
+    ('red shoes', True)
     """
-    return " ".join(text.lower().split())
+    return " ".join(composed(text).lower().split())
+
+
+def composed(text: str) -> str:
+    """Letters with their accents as one character each: the same text has one spelling (NFC)."""
+    return unicodedata.normalize("NFC", text)
 
 
 def plain_line(text: str) -> str:
@@ -66,24 +73,46 @@ def plain_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in plain).split())
 
 
+def _spaced(text: str) -> str:
+    """Its words in lower case, a space on both sides of each."""
+    return f" {' '.join(_WORDS.findall(text.lower()))} "
+
+
+def price_text(price: float) -> str:
+    """A price to the cent, whole where it is whole, never with an exponent.
+
+    >>> price_text(40.0), price_text(19.99), price_text(12345678.0), price_text(0.5)
+    ('40', '19.99', '12345678', '0.5')
+    """
+    return f"{price:.2f}".rstrip("0").rstrip(".")
+
+
 def product_text(product: Product, max_chars: int | None = 400) -> str:
     """A product on one line: title, brand, leaf category, attributes, price; cut at `max_chars`.
 
-    A brand or category already in the title is not repeated.
+    What the title says already, as words of its own, is not repeated.
 
     >>> product_text(Product("1", "Trail shoe", brand="Acme", category="Sport > Shoes", price=40.0))
     'Trail shoe | Acme | Shoes | $40'
+    >>> product_text(Product("1", "Red L-shaped sofa", attributes={"size": "L", "tone": "red"}))
+    'Red L-shaped sofa'
+    >>> product_text(Product("1", "Oak table", attributes={"size": "L"}, price=12345678.0))
+    'Oak table | size L | $12345678'
     """
     title = product.title.strip()
-    low = title.lower()
+    words = _spaced(title)
+
+    def said(part: str) -> bool:
+        return _spaced(part) in words
+
     leaf = product.category.split(">")[-1].strip()
     parts = [title]
-    parts += [p for p in (product.brand, leaf) if p and p.lower() not in low]
+    parts += [p for p in (product.brand, leaf) if p and not said(p)]
     attributes = ", ".join(
-        f"{k} {v}" for k, v in product.attributes.items() if v and str(v).lower() not in low
+        f"{k} {v}" for k, v in product.attributes.items() if v and not said(str(v))
     )
     if attributes:
         parts.append(attributes)
     if product.price is not None:
-        parts.append(f"${product.price:g}")
+        parts.append(f"${price_text(product.price)}")
     return " | ".join(parts)[:max_chars]

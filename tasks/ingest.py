@@ -19,7 +19,7 @@ def open_store(ctx: StageContext, ref: ArtifactRef) -> Store:
     return Store.read(ctx.open(ref) / "store")
 
 
-@stage(name="ingest", kind="data", code_version="2")
+@stage(name="ingest", kind="data", code_version="3")
 def ingest(
     ctx: StageContext, source: SourceConfig, split: SplitConfig, content: str
 ) -> dict[str, float]:

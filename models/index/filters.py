@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from models.errors import ConfigError, explain
+from models.text import composed
 
 SEPARATOR = " > "
 """Between the parts of a category path (models/schemas.py)."""
@@ -58,9 +59,9 @@ class Filters:
         """
         clauses = []
         if self.brand:
-            clauses.append(f"brand = {quoted(self.brand)}")
+            clauses.append(f"brand = {quoted(composed(self.brand))}")
         if self.category:
-            clauses.append(_under(self.category))
+            clauses.append(_under(composed(self.category)))
         low, high = _price(self.min_price), _price(self.max_price)
         if low is not None and high is not None and low > high:
             got = f"prices from {low:g} to {high:g}"

@@ -17,7 +17,7 @@ from typing import Literal
 from models.rules.kinds import Kind, KindLexicon
 from models.rules.wishes import Wishes, wishes_of
 from models.rules.words import WordWeights, closeness
-from models.text import product_text, terms
+from models.text import price_text, product_text, terms
 from models.types import Product, Query
 
 FOUND = 0.6
@@ -91,7 +91,7 @@ class Evidence:
             out += f"not {word}: {'present' if present else 'absent'}\n"
         if self.price_limit is not None:
             state = "unknown" if self.price_ok is None else "kept" if self.price_ok else "broken"
-            out += f"price limit {self.price_limit:g}: {state}\n"
+            out += f"price limit {price_text(self.price_limit)}: {state}\n"
         return out
 
     def summary(self, estimate: float | None = None) -> str:

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from models.errors import DataContractError, explain
 from models.schemas import EVENTS, MAX_TEXT, QUARANTINE, TABLES
+from models.text import composed
 from models.types import GRADES, SEGMENTS, Category
 
 log = logging.getLogger(__name__)
@@ -131,8 +132,13 @@ def _converter(kind: pa.DataType) -> Callable[[pa.Array, pa.DataType], Converted
     return _nested
 
 
+def as_text(column: pa.Array) -> pa.Array:
+    """A column as this module reads ids and texts."""
+    return _text(column, pa.string())[0]
+
+
 def _text(column: pa.Array, kind: pa.DataType) -> Converted:
-    """Stripped text; empty and "nan" are missing; whole floats (1.0) lose their point."""
+    """Stripped text (NFC); empty and "nan" are missing; whole floats (1.0) lose their point."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_floating(column.type):
@@ -145,9 +151,16 @@ def _text(column: pa.Array, kind: pa.DataType) -> Converted:
         column = pa.array(texts, pa.string())
     if pa.types.is_nested(column.type):
         return pa.nulls(len(column), kind), _mask(pc.is_valid(column))
-    text = pc.utf8_trim_whitespace(column.cast(kind))
+    text = _composed(pc.utf8_trim_whitespace(column.cast(kind)))
     missing = pc.is_in(text, pa.array(_NAN_WORDS))
     return pc.if_else(missing, None, text), np.zeros(len(column), bool)
+
+
+def _composed(text: pa.Array) -> pa.Array:
+    """NFC. pyarrow's own `utf8_normalize` decomposes whatever form it is asked for."""
+    if pc.all(pc.string_is_ascii(text)).as_py() in (True, None):
+        return text
+    return pa.array([None if t is None else composed(t) for t in text.to_pylist()], text.type)
 
 
 def _number(column: pa.Array, kind: pa.DataType) -> Converted:

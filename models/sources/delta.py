@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 from models.errors import DataContractError, explain
 from models.schemas import JUDGMENTS, QUERIES
 from models.sources import reading
-from models.sources.cleaning import clean
+from models.sources.cleaning import as_text, clean
 from models.store import to_products
+from models.text import composed
 from models.types import Product
 
 DELETED = "deleted"
@@ -79,7 +80,12 @@ def refused_ids(quarantine: pa.Table) -> set[str]:
 
 def _read(path: Path, encoding: str) -> pd.DataFrame:
     if path.suffix == ".parquet":
-        return reading.read_parquet(path, ["product_id"]).to_pandas()
+        table = reading.read_parquet(path, ["product_id"])
+        for name in ("product_id", DELETED):  # pandas would round long ids and count its own nulls
+            if name in table.column_names:
+                place = table.column_names.index(name)
+                table = table.set_column(place, name, as_text(table[name].combine_chunks()))
+        return table.to_pandas(ignore_metadata=True)
     return reading.read_csv(path, ["product_id"], encoding)
 
 
@@ -87,7 +93,7 @@ def _gone(raw: pd.DataFrame, path: Path) -> pd.Series:
     """[rows] whether the row says that its product is gone."""
     if DELETED not in raw:
         return pd.Series(False, index=raw.index)
-    texts = raw[DELETED].map(lambda v: "" if v is None or v != v else str(v).strip().lower())
+    texts = raw[DELETED].map(lambda v: "" if pd.isna(v) else v.strip().lower())
     unknown = ~texts.isin(_TRUE | _FALSE)
     if unknown.any():
         got = f"{DELETED} = {raw[DELETED][unknown].iloc[0]!r} in {path}"
@@ -101,4 +107,4 @@ def _id(value: Any) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    return composed(str(value)).strip()

@@ -14,6 +14,8 @@ import pytest
 from models.errors import DataContractError
 from models.schemas import MAX_TEXT, QUARANTINE, TABLES
 from models.sources.cleaning import clean
+from models.split import position
+from models.text import terms
 
 
 def make_tables(**changes: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -185,6 +187,18 @@ def test_unknown_segments_events_and_references_are_refused() -> None:
         ("interactions", "unknown_event"): 1,
         ("interactions", "dangling_query"): 1,
     }
+
+
+def test_one_text_has_one_spelling_and_so_one_split() -> None:
+    """An accent may be a character of its own; the query and its copy would part at the split."""
+    spellings = ["cafe\u0301", "caf\u00e9", "de\u0301ja\u0300 vu", "d\u00e9j\u00e0 vu"]
+    queries = pd.DataFrame({"query_id": ["q1", "q2", "q3", "q4"], "text": spellings})
+    good, _ = clean(make_tables(queries=queries))
+    texts = good["queries"]["text"].to_pylist()
+    assert texts == [spellings[1], spellings[1], spellings[3], spellings[3]]
+    assert [len(t) for t in texts] == [4, 4, 7, 7]
+    assert terms(spellings[0]) == terms(spellings[1])
+    assert position(spellings[2], "s") == position(spellings[3], "s")
 
 
 def test_a_missing_column_or_table_is_one_clear_error() -> None:

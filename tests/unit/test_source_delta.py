@@ -47,6 +47,45 @@ def test_deletions_need_ids_alone(tmp_path: Path) -> None:
     assert (delta.products, delta.deleted) == ((), ("1", "2"))
 
 
+@pytest.mark.parametrize(
+    ("ids", "deleted"),
+    [
+        (pa.array([2**53 + 1, None, 2**53 + 3], pa.int64()), pa.array([True, None, None])),
+        (pa.array([b"a", None, b"c"], pa.binary()), pa.array([b"yes", None, b""], pa.binary())),
+        (pa.array(["a", None, "c"]).dictionary_encode(), pa.array([1, None, 0], pa.int8())),
+    ],
+)
+def test_ids_are_read_as_a_store_reads_them(
+    tmp_path: Path, ids: pa.Array, deleted: pa.Array
+) -> None:
+    """Long numbers to the last digit, texts without the mark of one, nulls of pandas' own types."""
+    first, _, last = (v.decode() if isinstance(v, bytes) else str(v) for v in ids.to_pylist())
+    for pandas in (False, True):
+        table = pa.table({"product_id": ids, "title": ["x", "y", "z"], "deleted": deleted})
+        if pandas and not pa.types.is_binary(ids.type):
+            table = pa.Table.from_pandas(table.to_pandas().convert_dtypes())
+            if pa.types.is_integer(ids.type):
+                continue  # pandas has rounded them already
+        pq.write_table(table, tmp_path / "products.parquet")
+        found = read_delta(tmp_path)
+        assert found.deleted == (first,)
+        assert [p.product_id for p in found.products] == [last]
+        assert found.quarantine["reason"].to_pylist() == ["missing_key"]
+
+
+def test_a_comma_at_the_end_of_every_row_moves_no_cell(tmp_path: Path) -> None:
+    """pandas would take the first column for row names."""
+    (tmp_path / "products.csv").write_text("product_id,title,brand\n1,Red sofa,Acme,\n")
+    assert read_delta(tmp_path).products == (Product("1", "Red sofa", brand="Acme"),)
+
+
+@pytest.mark.parametrize("rows", ["1,Red sofa,Acme,x\n", "1,Red sofa,Acme\n2,Desk,Acme,x\n"])
+def test_a_row_with_more_cells_than_the_header_is_refused(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "products.csv").write_text("product_id,title,brand\n" + rows)
+    with pytest.raises(DataContractError, match=r"products\.csv"):
+        read_delta(tmp_path)
+
+
 def test_faulty_rows_are_set_aside(tmp_path: Path) -> None:
     folder = write(tmp_path, product_id=["a", "b", "c"], title=["x", " ", "z"], price=[1, 2, -3])
     delta = read_delta(folder)
