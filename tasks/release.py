@@ -332,7 +332,8 @@ def rollback(
             got = f"no champion of {store_name} under {artifacts.settings.home}"
             raise ArtifactError(explain(got, "a champion to roll back", "relearn run first"))
         past = _past(store_name, artifacts)
-        target = _chosen(past, to, now) if to else _previous(past, now)
+        moves = history(store_name, artifacts=artifacts)
+        target = _chosen(past, to, now) if to else _previous(past, moves, now)
         why = reason or f"rolled back to {target.title}"
         _make_move(store_name, target, now, Action.ROLLED_BACK, why, artifacts, publishers)
     return now, target
@@ -546,10 +547,14 @@ def _past(store_name: str, artifacts: ArtifactStore) -> list[Release]:
     return [release for release in found if release is not None]
 
 
-def _previous(past: Sequence[Release], now: Release) -> Release:
-    """The last one promoted before `now` was, without a withdrawn part."""
+def _previous(past: Sequence[Release], moves: Sequence[Move], now: Release) -> Release:
+    """The champion that `now` took the place of, or else the last one promoted before `now` was;
+    none with a withdrawn part."""
+    promoted = [m for m in moves if m.action is not Action.ROLLED_BACK]
+    came = next((m.before for m in reversed(promoted) if m.after == now.fingerprints), None)
     places = [i for i, r in enumerate(past) if r.fingerprints == now.fingerprints]
-    for release in reversed(past[: places[-1]] if places else ()):
+    earlier = past[: places[-1]] if places else []
+    for release in (*(r for r in past if r.fingerprints == came), *reversed(earlier)):
         if release.fingerprints != now.fingerprints and not withdrawn_parts(release):
             return release
     got = f"no champion before {now.title} that was not withdrawn"

@@ -369,8 +369,9 @@ class PublishedIndex:
 
     def _way_back(self, kept: Mapping[int, int], current: Publication) -> int | None:
         """The kept version that a rollback to another index goes to, None when there is none."""
-        if current.way_back in kept:
-            return current.way_back
+        if current.way_back is not None and current.way_back in kept:
+            back = self._record(current.way_back).origin.fingerprint
+            return max(v for v in kept if self._record(v).origin.fingerprint == back)
         mine = current.origin.fingerprint
         others = (v for v in kept if self._record(v).origin.fingerprint != mine)
         return max(others, default=None)

@@ -481,6 +481,17 @@ def test_rollback_to_a_version_also_brings_back_a_withdrawn_one(sets: list[Relea
     assert "withdrawn" not in tags["3"]
 
 
+def test_rollback_goes_to_the_champion_before_and_not_to_one_that_was_passed_over(
+    sets: list[Release],
+) -> None:
+    for made in sets[:3]:
+        crown(made)
+    rollback(STORE, "1", artifacts=artifacts())
+    crown(sets[3])
+    _, after = rollback(STORE, artifacts=artifacts())
+    assert champion_labels() == labels(after) == labels(sets[0]), "set 2 came before set 3 alone"
+
+
 def test_rollback_and_versions_of_nothing(home: Path) -> None:
     with pytest.raises(ArtifactError, match="no champion of shop"):
         rollback(STORE, artifacts=artifacts())

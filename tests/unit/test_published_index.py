@@ -173,6 +173,17 @@ def test_the_index_before_is_the_one_served_before_not_the_newest_other_one(
     assert table.restore("a") == left and brands(table) == "a" * 29 + "u" * 30
 
 
+def test_a_refresh_after_a_rollback_is_served_again_after_the_next_one(
+    tmp_path: Path, sources: Path
+) -> None:
+    table = publish_all(tmp_path, sources, "ab")
+    table.restore("a")
+    left = refresh_all(table, "u")
+    table.restore("b")
+    refresh_all(table, "xyz")
+    assert table.restore("a") == left and brands(table) == "a" * 29 + "u" * 30
+
+
 def test_what_was_lost_with_a_removed_index_is_known(tmp_path: Path, sources: Path) -> None:
     table = publish_all(tmp_path, sources, "a")
     refresh_all(table, "uv")
