@@ -17,6 +17,7 @@ from rich.table import Table
 from flows.cli_ablate import ablate
 from flows.console import Home, StoreName, console, guarded, prepare, say, start_server
 from models.errors import ConfigError, explain
+from models.text import price_text
 from tasks import temporary
 from tasks.faults import databases_ready, sqlite_file
 from tasks.settings import masked, settings
@@ -337,12 +338,12 @@ def search(
     hits = find_products(
         store, query, k, mode, Filters(brand, category, min_price, max_price), rerank
     )
-    table = Table(title=f"{query}  ({mode})")
+    table = Table(title=escape(f"{query}  ({mode})"))
     for column in ("rank", "product", "title", "brand", "price", "score", "grade", "tier"):
         table.add_column(column)
     for rank, hit in enumerate(hits, 1):
         product, row = hit.product, hit.graded
-        price = "" if product.price is None else f"{product.price:g}"
+        price = "" if product.price is None else price_text(product.price)
         cells = [str(rank), product.product_id, product.title, product.brand, price]
         table.add_row(*map(escape, cells), f"{hit.score:.3f}", str(row["grade"]), str(row["tier"]))
     console.print(table)

@@ -85,7 +85,7 @@ def stage_table(reports: Sequence[StageReport]) -> Table:
         table.add_column(name, justify="right" if name == "seconds" else "left")
     for r in reports:
         state = "[green]cached[/]" if r.cached else "made"
-        table.add_row(r.ref.label, state, f"{r.seconds:.1f}", r.reason)
+        table.add_row(r.ref.label, state, f"{r.seconds:.1f}", escape(r.reason))
     return table
 
 

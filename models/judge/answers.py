@@ -141,5 +141,6 @@ def _held_to_rules(judge: ScoringJudge, prompt: TokenPath, draft: Response, grad
     columns = enumerate(zip(*ids, strict=False))
     same = next(at for at, column in columns if len(set(column)) > 1)
     with torch.no_grad():
-        said = judge.model(build_tree([(*prompt, i[:same], i[same:]) for i in ids]))
+        tree = build_tree([(*prompt, i[:same], i[same:]) for i in ids])
+        said = judge.model(tree.to(judge.model.device))
     return texts[int(said.logp_PT.sum(1).argmax())]

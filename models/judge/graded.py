@@ -62,11 +62,13 @@ def grade_pairs(
 
 
 def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, Product]:
-    """Row number `index` of `source` as a pair; a price of NaN is none.
+    """Row number `index` of `source` as a pair; NaN in an optional column is nothing.
 
     Raises:
-        DataContractError: an empty query or title, a column of another type, an infinite price.
+        DataContractError: an empty query or title, a column of another type, an infinite price,
+            attributes that are no pairs of name and value.
     """
+    row = {name: None if value != value else value for name, value in row.items()}
     for name in ("query", "title"):
         if not isinstance(row[name], str) or not row[name].strip():
             got = f"{name} {row[name]!r} in row {index} of {source}"
@@ -77,6 +79,12 @@ def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, 
             got = f"{name} {value!r} in row {index} of {source}"
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise DataContractError(explain(got, expected, f"convert the column {name}"))
+    attributes = row.get("attributes") or {}
+    if not isinstance(attributes, Mapping) and any(
+        not isinstance(item, tuple) or len(item) != 2 for item in attributes
+    ):
+        got = f"attributes {attributes!r} in row {index} of {source}"
+        raise DataContractError(explain(got, "pairs of name and value", "make it a map"))
     price = row.get("price")
     if price is not None and math.isinf(price):
         got = f"price {price!r} in row {index} of {source}"
@@ -87,6 +95,6 @@ def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, 
         description=row.get("description") or "",
         brand=row.get("brand") or "",
         category=row.get("category") or "",
-        attributes=dict(row.get("attributes") or {}),
-        price=None if price is None or math.isnan(price) else price,
+        attributes=dict(attributes),
+        price=price,
     )

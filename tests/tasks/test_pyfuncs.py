@@ -63,6 +63,22 @@ def champion(name: str, ref: ArtifactRef) -> Any:
     return mlflow.pyfunc.load_model(f"models:/{name}@champion")
 
 
+@pytest.mark.parametrize("attributes", [["red", "blue"], [["a", "b"]], "red"])
+def test_attributes_that_are_no_pairs_are_refused_with_their_row(attributes: Any) -> None:
+    row = {"query": "sofa", "title": "Sofa", "attributes": attributes}
+    with pytest.raises(DataContractError, match=r"attributes .* in row 3 of pairs\.parquet"):
+        pair_of(3, row, "pairs.parquet")
+
+
+def test_nan_in_an_optional_column_is_nothing() -> None:
+    nan = float("nan")
+    row = {"query": "sofa", "title": "Sofa", "description": nan, "attributes": nan, "price": nan}
+    product = pair_of(0, row, "pairs")[1]
+    assert (product.description, product.attributes, product.price) == ("", {}, None)
+    pairs = pair_of(0, row | {"attributes": [("size", "L")]}, "pairs")
+    assert pairs[1].attributes == {"size": "L"}
+
+
 def test_a_price_that_is_no_number_is_none_and_an_infinite_one_is_refused() -> None:
     row = {"query": "sofa", "title": "Red sofa"}
     prices = [pair_of(0, row | {"price": v}, "the request")[1].price for v in (float("nan"), 9.5)]
