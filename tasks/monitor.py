@@ -144,13 +144,16 @@ def label_age(
     if isinstance(source, TablesSource):
         from models.sources.dates import newest
 
-        dates = newest(source, data_dir)
+        dates = newest(source, data_dir, now)
     else:
+        import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         path = artifacts.path(today) / "store" / "interactions.parquet"
-        last = pc.max(pq.read_table(path, columns=["timestamp"])["timestamp"]).as_py()
+        moments = pq.read_table(path, columns=["timestamp"])["timestamp"]
+        past = moments.filter(pc.less_equal(moments, pa.scalar(now.replace(tzinfo=None))))
+        last = pc.max(past).as_py()
         dates = {} if last is None else {"interactions": last.replace(tzinfo=UTC)}
     if not dates:
         return None, "no dates in judgments or interactions"

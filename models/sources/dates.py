@@ -84,15 +84,17 @@ def as_of(
     return kept
 
 
-def newest(source: TablesSource, folder: Path) -> dict[str, datetime]:
-    """The newest date of judgments and interactions; tables without dates are left out."""
+def newest(source: TablesSource, folder: Path, until: datetime) -> dict[str, datetime]:
+    """The newest date, not after `until`, of judgments and interactions; tables without are left
+    out. A date to come is a mistake, and would hide for as long that nothing arrives any more."""
     found = {}
     for name, path in tables.paths(folder).items():
         if name not in ("judgments", "interactions"):
             continue
         frame = _frame(source, name, path)
         column = next((c for c in DATES if c in frame.columns), None)
-        last = None if column is None else _dates(frame[column]).max()
+        dates = None if column is None else _dates(frame[column])
+        last = None if dates is None else dates[dates <= until].max()
         if last is not None and not pd.isna(last):
             found[name] = last.to_pydatetime()
     return found

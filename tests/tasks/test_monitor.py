@@ -168,6 +168,8 @@ def test_labels_age_from_the_newest_and_no_dates_are_no_age(
     age, said = label_age(EsciSource(), None, dated.make(newest="2026-02-27T00:00"), NOW, kept)
     assert age == 2.5 and "2026-02-27" in said
     assert label_age(EsciSource(), None, no_store, NOW, kept)[0] is None
+    to_come = dated.make(newest="2027-01-01T00:00")
+    assert label_age(EsciSource(), None, to_come, NOW, kept)[0] is None
     assert label_age(SyntheticSource(), None, no_store, NOW, kept)[0] is None
     for name, columns in (
         ("products", {"product_id": ["p"], "title": ["t"]}),

@@ -16,6 +16,7 @@ from models.errors import DataContractError
 from models.sources import TablesSource, load
 from models.sources.dates import as_of, newest
 
+LATER = datetime(2027, 1, 1, tzinfo=UTC)
 SOURCE = TablesSource()
 
 
@@ -104,13 +105,15 @@ def test_parquet_moments_with_and_without_zone_are_utc(tmp_path: Path) -> None:
         pq.write_table(table, folder / "judgments.parquet")
         kept = at(folder, tmp_path / name, 2)
         assert kept["judgments"].rows == 1, name  # type: ignore[attr-defined]
-        assert newest(SOURCE, folder) == {"judgments": late.replace(tzinfo=UTC)}
+        assert newest(SOURCE, folder, LATER) == {"judgments": late.replace(tzinfo=UTC)}
         with pytest.raises(DataContractError, match="no judgments on 2026-03-01"):
             at(folder, tmp_path / f"{name}-before", 1)
 
 
 def test_the_newest_date_is_looked_for_in_labels_alone(tmp_path: Path) -> None:
     folder = write(tmp_path / "now")
-    assert newest(SOURCE, folder) == {"judgments": datetime(2026, 3, 3, tzinfo=UTC)}
+    assert newest(SOURCE, folder, LATER) == {"judgments": datetime(2026, 3, 3, tzinfo=UTC)}
+    before = datetime(2026, 3, 2, 23, tzinfo=UTC)
+    assert newest(SOURCE, folder, before)["judgments"] <= before, "a date to come says nothing"
     none = {"query_id": ["q1"], "product_id": ["p1"], "grade": ["4"]}
-    assert newest(SOURCE, write(tmp_path / "none", judgments=none)) == {}
+    assert newest(SOURCE, write(tmp_path / "none", judgments=none), LATER) == {}
