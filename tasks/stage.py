@@ -78,7 +78,9 @@ MEMORY_EVERY_S = 0.5
 STAGES_KEY = "stages"
 """Prefect artifact of a flow run: what every stage did."""
 PARAM_CHARS = 500
-"""MLflow params are for reading; the manifest holds the whole config."""
+PARAM_NAME_CHARS = 250
+"""MLflow params are for reading; the manifest holds the whole config. Of two keys that MLflow would
+call the same, one is shown."""
 METRICS_PER_BATCH = 500
 """Below MLflow's limit of 1000 metrics a call."""
 
@@ -607,11 +609,11 @@ class Stage:
         if store.settings.pipeline_run:
             tags["mlflow.parentRunId"] = store.settings.pipeline_run
         run_id: str = store.client.create_run(store.experiment_id, tags=tags).info.run_id
-        params = [
-            Param(metric_name(key), str(value)[:PARAM_CHARS])
+        params = {
+            metric_name(key)[:PARAM_NAME_CHARS]: str(value)[:PARAM_CHARS]
             for key, value in flatten(identity.config).items()
-        ]
-        store.client.log_batch(run_id, params=params)
+        }
+        store.client.log_batch(run_id, params=[Param(*param) for param in params.items()])
         _log_parents(store, run_id, bound)
         return run_id
 

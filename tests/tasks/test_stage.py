@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from models.errors import ArtifactError, ConfigError, StoreError, TransientError
 from tasks.artifacts import ArtifactRef, ArtifactStore, this_process
-from tasks.settings import Settings
+from tasks.settings import Settings, settings
 from tasks.stage import Stage, StageContext, pipeline, stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -52,6 +52,22 @@ def copy(ctx: StageContext, source: ArtifactRef, times: int = 2) -> None:
 @pytest.fixture(autouse=True)
 def _no_calls(home: Path) -> None:
     calls.clear()
+
+
+@stage(name="free", kind="text")
+def free(ctx: StageContext, weights: dict[str, int]) -> None:
+    """Its keys are whatever a user wrote."""
+    (ctx.out / "text.txt").write_text("free")
+
+
+def test_any_key_of_a_config_can_be_recorded() -> None:
+    weights = {"k?b": 1, "k_b": 2, "é" * 300: 3}
+    ref = free.make(weights=weights)
+    store = ArtifactStore(settings())
+    run = store.client.get_run(ref.run_id)
+    assert len(run.data.params) == 2
+    manifest = store.manifest(run)
+    assert manifest is not None and manifest["config"]["weights"] == weights
 
 
 def log_of(caplog: pytest.LogCaptureFixture) -> str:
