@@ -68,7 +68,10 @@ def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, 
         DataContractError: an empty query or title, a column of another type, an infinite price,
             attributes that are no pairs of name and value.
     """
-    row = {name: None if value != value else value for name, value in row.items()}
+    row = {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in row.items()
+    }
     for name in ("query", "title"):
         if not isinstance(row[name], str) or not row[name].strip():
             got = f"{name} {row[name]!r} in row {index} of {source}"
