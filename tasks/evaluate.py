@@ -64,8 +64,7 @@ def evaluate_judge(
     assert spec.cumpt is not None, "the judge artifact is calibrated"
     rows = judge_rows(loaded, data, spec.prompt.order, spec.cumpt)
     judge_outcomes(list(loaded.values())[-1], data, spec.cumpt).write(ctx.out)
-    last = [r for r in rows if r["segment"] == "all"][-1]
-    return _publish(ctx, JUDGE_TABLE, "judge", rows, last)
+    return _publish(ctx, JUDGE_TABLE, "judge", rows)
 
 
 @stage(name="evaluate_retrieval", kind="evaluation", code_version="4")
@@ -109,8 +108,7 @@ def evaluate_retrieval(
     levels, source = quality_scores(data)
     rows = evaluate_runs(runs, qrels, data.query_by_id, products, good, levels, config.ks)
     rows = [{**row, "quality_source": source} for row in rows]
-    last = next(r for r in rows if r["run"] == list(runs)[-1] and r["segment"] == "all")
-    return _publish(ctx, RETRIEVAL_TABLE, "retrieval", rows, last)
+    return _publish(ctx, RETRIEVAL_TABLE, "retrieval", rows)
 
 
 def _goodrate_judge(
@@ -149,13 +147,18 @@ def _goodrate_judge(
     return good
 
 
+def overall(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last row over all units: the finished model's."""
+    return [r for r in rows if r["segment"] == "all"][-1]
+
+
 def _publish(
-    ctx: StageContext, file: str, name: str, rows: list[dict[str, Any]], last: Mapping[str, Any]
+    ctx: StageContext, file: str, name: str, rows: list[dict[str, Any]]
 ) -> dict[str, float]:
     (ctx.out / file).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     ctx.table(name, rows)
     ctx.markdown(f"{name}-report", evaluation_report(name, rows))
-    return {f"{name}/{k}": float(v) for k, v in last.items() if isinstance(v, int | float)}
+    return {f"{name}/{k}": float(v) for k, v in overall(rows).items() if isinstance(v, int | float)}
 
 
 def evaluation_report(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

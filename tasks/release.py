@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from models.errors import ArtifactError, ConfigError, RelearnError, StoreError, explain
 from tasks import registry
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
-from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
+from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, overall, read_table
 from tasks.publish import serve
 from tasks.registry import CANDIDATE, CHAMPION, Registered
 
@@ -148,7 +148,7 @@ def register_candidates(
     if missing := [role for role in ROLES if role not in refs]:
         kept = _champion_parts(store_name, missing, artifacts)
     numbers = {
-        kind: _numbers(_overall(read_table(artifacts.path(ref), TABLE_OF[kind])))
+        kind: _numbers(overall(read_table(artifacts.path(ref), TABLE_OF[kind])))
         for kind, ref in evaluations.items()
     }
     tags = {f"evaluation_{k}": ref.label for k, ref in evaluations.items()}
@@ -185,11 +185,6 @@ def _champion_parts(
         do = "run the whole chain once: relearn run --store ..."
         raise ArtifactError(explain(got, "champions", do))
     return found.parts
-
-
-def _overall(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The last row over all units: the finished model's."""
-    return [r for r in rows if r["segment"] == "all"][-1]
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -331,8 +326,8 @@ def rollback(
         if now is None:
             got = f"no champion of {store_name} under {artifacts.settings.home}"
             raise ArtifactError(explain(got, "a champion to roll back", "relearn run first"))
-        past = _past(store_name, artifacts)
         moves = history(store_name, artifacts=artifacts)
+        past = _past(store_name, moves, artifacts)
         target = _chosen(past, to, now) if to else _previous(past, moves, now)
         why = reason or f"rolled back to {target.title}"
         _make_move(store_name, target, now, Action.ROLLED_BACK, why, artifacts, publishers)
@@ -538,9 +533,8 @@ def _mark(store_name: str, move: Move, after: Release, artifacts: ArtifactStore)
             client.set_model_version_tag(part.name, part.version, WITHDRAWN, why)
 
 
-def _past(store_name: str, artifacts: ArtifactStore) -> list[Release]:
+def _past(store_name: str, moves: Sequence[Move], artifacts: ArtifactStore) -> list[Release]:
     """The sets that were promoted, oldest first, as far as they are registered still."""
-    moves = history(store_name, artifacts=artifacts)
     sets = [move.before for move in moves[:1] if move.before]
     sets += [move.after for move in moves if move.action is not Action.ROLLED_BACK]
     found = (release_with(store_name, s, artifacts=artifacts) for s in sets)
