@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,6 +54,8 @@ PUBLISHED = "published"
 CLOCK_SLACK_S = 60.0
 """Versions this much older than the oldest kept one are removed: LanceDB reads the clock itself,
 and refuses to clean up anything when a kept version counts as old."""
+TAG_LISTINGS = 32
+"""Times a reader lists the tags before it gives up; half a second in all."""
 COPIED_ROWS = 4096
 """Rows in memory at once when an index is copied into the published table."""
 
@@ -317,10 +320,28 @@ class PublishedIndex:
         return any((self.folder / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
 
     def _tags(self) -> dict[str, int]:
+        """{tag: LanceDB's number}, as they stood at one moment.
+
+        LanceDB lists the tags' names and then reads one after the other: a tag that a writer
+        removes in between fails the listing, one that it moves mixes before and after. So readers,
+        who hold no lock, list until two listings in a row agree.
+        """
         if not self._exists():
             return {}
-        listed = open_table(self.folder).tags.list()
-        return {name: int(tag["version"]) for name, tag in listed.items()}
+        tags, before, failed = open_table(self.folder).tags, None, None
+        for attempt in range(TAG_LISTINGS):
+            try:
+                listed = {name: int(tag["version"]) for name, tag in tags.list().items()}
+            except RuntimeError as error:  # LanceDB has no class of its own for it
+                before, failed = None, error
+            else:
+                if listed == before:
+                    return listed
+                before = listed
+            time.sleep(0.001 * attempt)
+        got = f"tags in {self.folder} that changed during each of {TAG_LISTINGS} readings"
+        do = "check that files there can be read, and try again"
+        raise ArtifactError(explain(got, "two equal readings in a row", do)) from failed
 
     def _kept(self, tags: Mapping[str, int]) -> dict[int, int]:
         """{version: LanceDB's number of the one that holds its rows now}."""

@@ -22,6 +22,7 @@ from models.index import published as module
 from models.index.build import build_index, measured_facts
 from models.index.config import IndexConfig, RefreshConfig
 from models.index.facts import IndexFacts
+from models.index.lance import open_table
 from models.index.published import Origin, Publication, PublishedIndex
 from models.index.refresh import NEVER, refresh
 from models.metrics import ListSink
@@ -338,6 +339,34 @@ def test_a_copy_that_fails_the_gate_is_not_served(
     assert marks(table) == {"a"}
     table.publish(sources / "b", origin("b"), ListSink())
     assert marks(table) == {"b"} and len(table.history()) == 2
+
+
+def test_tags_that_change_while_they_are_listed_are_listed_again(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LanceDB reads one tag's file after the other; a writer removes or moves some in between."""
+    table = publish_all(tmp_path, sources, "ab")
+    first, second = (p.version for p in reversed(table.history()))
+    tags = type(open_table(table.folder).tags)
+    whole = {"published": {"version": second}, f"v{first}": {"version": first}}
+    mixed = {"published": {"version": first + 100}, f"v{first}": {"version": first}}
+    gone = RuntimeError(f"lance error: Not found: _refs/tags/v{first}.json")
+    answers: list[Any] = [mixed, gone, mixed, whole, gone, whole, whole]
+
+    def listing(self: Any) -> Any:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(tags, "list", listing)
+    current = table.current()
+    assert current is not None and current.version == second
+    assert len(answers) == 1, "no answer before two equal ones in a row"
+
+    answers[:] = [gone]
+    with pytest.raises(ArtifactError, match="expected two equal readings in a row"):
+        table.current()
 
 
 def test_a_reader_sees_one_version_whole(tmp_path: Path, sources: Path) -> None:
