@@ -42,6 +42,7 @@ $(VENV)/.installed: pyproject.toml infra/constraints.txt | $(BIN)/python
 
 setup: $(VENV)/.installed
 	@$(BIN)/python infra/fetch_weights.py
+	@$(BIN)/python -m tasks.blank
 
 run: setup
 	@$(BIN)/relearn run $(ARGS)

@@ -131,9 +131,10 @@ def _show_result(result: Any, seconds: float, loading_s: float) -> None:
     console.print(registry_table(result.registered))
     _show_decision(result.release)
     made = sum(not r.cached for r in result.reports)
+    parts = spent(result.reports, seconds, sum(result.release.seconds.values()), loading_s)
     console.print(
         f"{len(result.reports)} stages, {made} made, {len(result.reports) - made} cached, "
-        f"{seconds:.0f} s in all: {spent(result.reports, seconds, loading_s)}.\n"
+        f"{seconds:.0f} s in all: {parts}.\n"
         f"{_pages()}"
         "Try:     relearn judge 'red couch' 'Blue leather sofa' --why   |   "
         "relearn search 'red couch'",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import flow, task
 
@@ -15,7 +18,7 @@ from flows.embedder import EmbedderResult
 from flows.judge import JudgeResult
 from models.errors import ConfigError, explain
 from models.evaluation.gate import Decision, GateConfig, Outcome, Reason
-from tasks.artifacts import ArtifactStore
+from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.gate import Call, Verdict, compare, config_of, record
 from tasks.registry import CHAMPION
 from tasks.release import (
@@ -42,6 +45,9 @@ APPROVAL_POLL_S = 10
 
 _attended: ContextVar[bool] = ContextVar("attended", default=True)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +61,43 @@ class ReleaseResult:
     decision: Decision
     action: Action | None
     """How they became champions; None when they did not."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each part of the flow took, without Prefect's part and without stages inside."""
+
+
+class _Parts:
+    """The parts of a release as Prefect tasks, and the seconds each needs for itself."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def task(self, function: Callable[P, R], name: str) -> Callable[P, R]:
+        """`function` as a task."""
+
+        @functools.wraps(function)
+        def measured(*args: P.args, **kw: P.kwargs) -> R:
+            with self.measured(name):
+                return function(*args, **kw)
+
+        return task(name=name, task_run_name=name, persist_result=False)(measured)
+
+    @contextmanager
+    def measured(self, name: str, sign: int = 1) -> Iterator[None]:
+        """Add what is done inside to the part `name`; with sign -1, take it out."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] += sign * (time.monotonic() - began_s)
+
+    def stages_of(self, name: str) -> Call:
+        """Runs stages inside the part `name`, which report their own seconds."""
+
+        def call(stage: Stage, **inputs: Any) -> ArtifactRef:
+            with self.measured(name, sign=-1):
+                return stage(**inputs)
+
+        return call
 
 
 @flow(name="release", flow_run_name="release", log_prints=False)
@@ -72,7 +115,7 @@ def release(
     is on and there is a server with a UI; elsewhere it is held, and `relearn promote` decides.
     """
     config = gate or GateConfig()
-    artifacts = _artifacts(name)
+    artifacts, parts = _artifacts(name), _Parts()
     refs, evaluations = {}, {}
     if judge is not None:
         refs["judge"], evaluations["judge"] = judge.judge, judge.evaluation
@@ -80,27 +123,25 @@ def release(
         refs |= {"embedder": retriever.embedder, "index": retriever.index}
         evaluations["retrieval"] = retriever.evaluation
     finish_pending(name, artifacts=artifacts)
-    candidate = _task(register_candidates, "register")(name, refs, evaluations, artifacts=artifacts)
-    verdict = compare(name, candidate, config, artifacts=artifacts, call=Stage.__call__)
-    _task(record, "gate")(name, verdict, config, artifacts=artifacts)
+    register = parts.task(register_candidates, "register")
+    candidate = register(name, refs, evaluations, artifacts=artifacts)
+    with parts.measured("gate"):
+        call = parts.stages_of("gate")
+        verdict = compare(name, candidate, config, artifacts=artifacts, call=call)
+    parts.task(record, "gate")(name, verdict, config, artifacts=artifacts)
     _show_markdown(name, verdict.decision)
     action, reason = _action(verdict)
     if action is not None:
-        verdict, action = _task(_promote, "promote")(
-            name, verdict, action, reason, config, artifacts
-        )
+        become = parts.task(_promote, "promote")
+        verdict, action = become(name, verdict, action, reason, config, artifacts)
     else:
-        _task(serve_champion, "publish")(name, artifacts=artifacts)
+        parts.task(serve_champion, "publish")(name, artifacts=artifacts)
     rows = registered_rows(name, candidate, artifacts=artifacts)
-    return ReleaseResult(name, rows, verdict.decision, action)
+    return ReleaseResult(name, rows, verdict.decision, action, dict(parts.seconds))
 
 
 def _artifacts(name: str) -> ArtifactStore:
     return ArtifactStore(current_settings().model_copy(update={"experiment": name}))
-
-
-def _task(function: Any, name: str) -> Any:
-    return task(name=name, task_run_name=name, persist_result=False)(function)
 
 
 def _action(verdict: Verdict) -> tuple[Action | None, str]:

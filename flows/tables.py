@@ -89,20 +89,25 @@ def stage_table(reports: Sequence[StageReport]) -> Table:
     return table
 
 
-def spent(reports: Sequence[StageReport], seconds: float, loading_s: float = 0.0) -> str:
-    """What of `seconds` the stages took, what loading their libraries before the first of them,
-    and what the rest did: servers, records, looking up cached stages.
+def spent(
+    reports: Sequence[StageReport],
+    seconds: float,
+    release_s: float = 0.0,
+    loading_s: float = 0.0,
+) -> str:
+    """What of `seconds` was the work itself (stages; registering, gate and publishing; loading the
+    libraries of stages before the first of them), and what the rest did: servers, records, looking
+    up cached stages. Where a stage was made, the rest is shown as a share of the work.
 
-    Without a stage that was made there is no share.
-
-    >>> spent([], 10.0, loading_s=4.0)
-    'stages 0.0 s, their libraries 4.0 s, everything else 6.0 s'
+    >>> spent([], 12.0, release_s=2.0, loading_s=4.0)
+    'stages 0.0 s, release 2.0 s, libraries 4.0 s, everything else 6.0 s'
     """
     stages = sum(r.seconds for r in reports if not r.cached)
-    rest = seconds - stages - loading_s
-    loading = f"their libraries {loading_s:.1f} s, " if loading_s else ""
-    share = f" ({rest / stages:.0%} on top)" if stages else ""
-    return f"stages {stages:.1f} s, {loading}everything else {rest:.1f} s{share}"
+    parts = {"stages": stages, "release": release_s, "libraries": loading_s}
+    work = sum(parts.values())
+    shown = [f"{name} {s:.1f} s" for name, s in parts.items() if s or name == "stages"]
+    share = f" ({(seconds - work) / work:.0%} on top)" if stages else ""
+    return f"{', '.join(shown)}, everything else {seconds - work:.1f} s{share}"
 
 
 def registry_table(rows: Sequence[Mapping[str, Any]]) -> Table:

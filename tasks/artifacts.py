@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import ArtifactError, ConfigError, explain
 from models.files import replace_text
+from tasks.blank import mlflow_database
 from tasks.faults import Patient, if_absent, patiently, probe, sqlite_file
 from tasks.processes import SAME_START_S
 from tasks.settings import Settings
@@ -297,7 +298,7 @@ def local_path(uri: str) -> Path | None:
 
 
 @functools.lru_cache(maxsize=8)
-def open_client(uri: str, home: Path) -> MlflowClient:
+def open_client(uri: str, home: Path, blanks_dir: Path) -> MlflowClient:
     """A client of the tracking store; two processes never create its tables at once."""
     import mlflow.store.db.utils
     from mlflow import MlflowClient
@@ -310,28 +311,10 @@ def open_client(uri: str, home: Path) -> MlflowClient:
         if (file := sqlite_file(uri)) is not None:
             probe(file)
             if not file.is_file() or not file.stat().st_size:
-                _create_database(file)
+                mlflow_database(file, blanks_dir)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # creates the tables of a server database
     return client
-
-
-def _create_database(file: Path) -> None:
-    """MLflow's tables in a new sqlite file, whole or not at all.
-
-    MLflow makes them in a hundred steps without a transaction; killed between two, it refuses the
-    file for ever.
-    """
-    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    for left in file.parent.glob(f"{partial.name}*"):
-        left.unlink()
-    engine = create_sqlalchemy_engine(f"sqlite:///{partial}")
-    _initialize_tables(engine)
-    engine.dispose()
-    partial.replace(file)
 
 
 def _lock_file(home: Path, name: str) -> Path:
@@ -355,7 +338,8 @@ class ArtifactStore:
         Its calls wait out faults that pass; those that stay are a StoreError (tasks/faults.py).
         """
         current = self.settings
-        inner = patiently(lambda: open_client(current.tracking_uri, current.home), current)
+        where = current.tracking_uri, current.home, current.blanks_dir
+        inner = patiently(lambda: open_client(*where), current)
         return cast("MlflowClient", Patient(inner, current))
 
     @property

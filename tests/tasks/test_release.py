@@ -273,7 +273,7 @@ def publisher(store_name: str, index: ArtifactRef) -> None:
 def breaking(step: str, error: type[BaseException]) -> Iterator[None]:
     """Inside, a move breaks just before `step`."""
     current, aliases = artifacts().settings, []
-    client = open_client(current.tracking_uri, current.home)
+    client = open_client(current.tracking_uri, current.home, current.blanks_dir)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise error(step)
