@@ -9,6 +9,7 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from flows.recipes import JudgeConfig
+from models.judge.config import PromptDraw
 from models.rules.base import load_rules
 from tasks.artifacts import ArtifactRef
 from tasks.base import TINY, base_content, base_model
@@ -64,6 +65,9 @@ class JudgeStages:
     @functools.cached_property
     def teacher(self) -> ArtifactRef:
         """The reasoning that SFT learns."""
+        return self._taught(None)
+
+    def _taught(self, prompts: PromptDraw | None) -> ArtifactRef:
         return self.call(
             judge_teacher,
             config=self.config.teacher,
@@ -71,6 +75,7 @@ class JudgeStages:
             rule_base=self.config.prompt.rules,
             rules=self._rules,
             store=self.store,
+            prompts=prompts,
         )
 
     @functools.cached_property
@@ -104,8 +109,9 @@ class JudgeStages:
         preferences = self.call(
             judge_pass_at_n,
             config=self.config.pass_at_n,
+            trained_on=self.config.sft.draw,
             judge=self.probed,
-            teacher=self.teacher,
+            teacher=self._taught(self.config.pass_at_n.draw),
             store=self.store,
         )
         return self.call(
@@ -119,7 +125,13 @@ class JudgeStages:
     @functools.cached_property
     def grpo(self) -> ArtifactRef:
         """The judge after GRPO."""
-        return self.call(judge_grpo, config=self.config.grpo, judge=self.dpo, store=self.store)
+        return self.call(
+            judge_grpo,
+            config=self.config.grpo,
+            trained_on=self.config.sft.draw,
+            judge=self.dpo,
+            store=self.store,
+        )
 
     def calibrated(self, judge: ArtifactRef) -> ArtifactRef:
         """`judge` with a CumPT reading: a finished judge, which others may use."""

@@ -93,7 +93,7 @@ def cross_encoder_answers(
     return answer_rows(ctx, pairs, model.score([(p.query, p.product) for p in pairs], "test pairs"))
 
 
-@stage(name="judge_samples", kind="judge", code_version="2")
+@stage(name="judge_samples", kind="judge", code_version="3")
 def judge_samples(
     ctx: StageContext,
     config: SamplesConfig,

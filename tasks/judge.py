@@ -17,6 +17,7 @@ from models.judge.config import (
     PassAtNConfig,
     ProbeConfig,
     PromptConfig,
+    PromptDraw,
     SftConfig,
 )
 from models.teacher.config import Endpoint, TeacherConfig
@@ -52,7 +53,7 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="8")
+@stage(name="judge_prompt", kind="judge", code_version="9")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format, the training queries' kinds, the catalogue's word weights, and what words
     alone say of the grade.
@@ -68,7 +69,7 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     spec.write(ctx.out)
 
 
-@stage(name="judge_teacher", kind="data", code_version="4")
+@stage(name="judge_teacher", kind="data", code_version="5")
 def judge_teacher(
     ctx: StageContext,
     config: TeacherConfig,
@@ -76,17 +77,23 @@ def judge_teacher(
     rule_base: str,
     rules: str,
     store: ArtifactRef,
+    prompts: PromptDraw | None = None,
 ) -> Mapping[str, float]:
-    """The CoT data set: a teacher's response for every pair whose steps SFT learns [TaoSR1 s3.1].
+    """The CoT data set: a teacher's response for every pair whose steps SFT learns [TaoSR1 s3.1],
+    or for every prompt of pass@N, which DPO prefers where the judge has none [TaoSR1 s3.2].
 
-    draw: the part of SFT's config that chooses the pairs. rule_base: its name; rules: its version.
+    draw: the part of SFT's config that chooses the pairs. prompts: the part of pass@N's that
+    chooses the prompts. rule_base: its name; rules: its version.
     """
     from models.judge.cot_sft import reasoned_pairs
+    from models.judge.preferences import pass_at_n_prompts
     from models.rules.base import load_rules
     from models.teacher.dataset import write_responses
 
+    pairs = open_store(ctx, store).pairs("train")
+    asked = pass_at_n_prompts(pairs, draw, prompts) if prompts else reasoned_pairs(pairs, draw)
     return write_responses(
-        reasoned_pairs(open_store(ctx, store).pairs("train"), draw),
+        asked,
         config,
         load_rules(rule_base),
         _endpoint(ctx.settings),
@@ -151,15 +158,19 @@ def judge_probe(
     )
 
 
-@stage(name="judge_pass_at_n", kind="judge", code_version="5")
+@stage(name="judge_pass_at_n", kind="judge", code_version="6")
 def judge_pass_at_n(
     ctx: StageContext,
     config: PassAtNConfig,
+    trained_on: DrawConfig,
     judge: ArtifactRef,
     teacher: ArtifactRef,
     store: ArtifactRef,
 ) -> Mapping[str, float]:
-    """Sample N responses a training pair and build preference pairs [TaoSR1 s3.2]."""
+    """Sample N responses a training pair and build preference pairs [TaoSR1 s3.2].
+
+    trained_on: what SFT drew. teacher: its responses to the same prompts.
+    """
     from models.judge.preferences import make_preferences
     from models.teacher.dataset import read_responses
 
@@ -167,6 +178,7 @@ def judge_pass_at_n(
     counts = make_preferences(
         model,
         open_store(ctx, store).pairs("train"),
+        trained_on,
         config,
         ctx.out,
         read_responses(ctx.open(teacher), model.encoder.config.order),
@@ -203,14 +215,19 @@ def judge_dpo(
     )
 
 
-@stage(name="judge_grpo", kind="judge", code_version="7")
+@stage(name="judge_grpo", kind="judge", code_version="8")
 def judge_grpo(
-    ctx: StageContext, config: GrpoConfig, judge: ArtifactRef, store: ArtifactRef
+    ctx: StageContext,
+    config: GrpoConfig,
+    trained_on: DrawConfig,
+    judge: ArtifactRef,
+    store: ArtifactRef,
 ) -> Mapping[str, float]:
-    """GRPO with class-balanced, difficulty-based dynamic sampling and, if set, guided replay."""
-    import random
+    """GRPO with class-balanced, difficulty-based dynamic sampling and, if set, guided replay.
 
-    from models.judge.cot_sft import draw_pairs
+    trained_on: what SFT drew.
+    """
+    from models.judge.cot_sft import draw_prompts
     from models.judge.grpo import train_grpo
     from models.judge.pool import choose_pool
     from models.judge.spec import JudgeSpec
@@ -218,8 +235,8 @@ def judge_grpo(
     folder = ctx.open(judge)
     pairs = open_store(ctx, store).pairs("train")
     seed = config.optimiser.seed
-    balance = float(config.pool.balanced)
-    candidates = draw_pairs(pairs, config.pool.candidates, balance, random.Random(seed))
+    drawn = PromptDraw(count=config.pool.candidates, balance=float(config.pool.balanced), seed=seed)
+    candidates = draw_prompts(pairs, trained_on, drawn, "RL pool")
     confidence = None
     if config.pool.max_confidence is not None:
         asked = [(p.query, p.product) for p in candidates]
@@ -265,7 +282,7 @@ def judge_calibrated(
     }
 
 
-@stage(name="judge_answers", kind="judge", code_version="4")
+@stage(name="judge_answers", kind="judge", code_version="5")
 def judge_answers(
     ctx: StageContext,
     config: AnswersConfig,

@@ -147,7 +147,7 @@ def write_negatives(found: Iterable[HardNegative], folder: Path) -> None:
 def read_negatives(folder: Path) -> dict[str, list[str]]:
     """{query_id: product ids, nearest first}, from what `write_negatives` wrote."""
     out: dict[str, list[str]] = {}
-    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    lines = (folder / FILE).read_text(encoding="utf-8").split("\n")
+    for row in map(json.loads, filter(None, lines)):
         out.setdefault(row["query_id"], []).append(row["product_id"])
     return out

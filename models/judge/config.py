@@ -195,13 +195,23 @@ class SftConfig(BaseModel):
         )
 
 
+class PromptDraw(BaseModel):
+    """What decides which training pairs are prompts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    count: int = Field(ge=1)
+    balance: float = Field(ge=0, le=1)
+    seed: int
+
+
 class PassAtNConfig(BaseModel):
     """Sampling for preference pairs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     prompts: int = Field(128, ge=1)
-    """Training pairs sampled from, class-balanced."""
+    """Training pairs sampled from, class-balanced; those that SFT did not train on first."""
     samples: int = Field(5, ge=2)
     """N; the paper reports pass@1..5."""
     temperature: float = Field(1.0, gt=0)
@@ -210,6 +220,11 @@ class PassAtNConfig(BaseModel):
     max_new_tokens: int = Field(64, ge=1)
     pairs_per_prompt: int = Field(2, ge=1)
     seed: int = 0
+
+    @property
+    def draw(self) -> PromptDraw:
+        """The part that a teacher's answers for them depend on."""
+        return PromptDraw(count=self.prompts, balance=1.0, seed=self.seed)
 
 
 class DpoConfig(BaseModel):
@@ -237,7 +252,7 @@ class PoolConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     candidates: int = Field(600, ge=1)
-    """Training pairs scored for the pool."""
+    """Training pairs scored for the pool; those that SFT did not train on first."""
     size: int = Field(200, ge=1)
     """Pairs kept; the paper's best recipe uses the least data."""
     max_confidence: float | None = Field(0.7, gt=0, le=1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from models.errors import ConfigError, explain
-from models.judge.config import DrawConfig, SftConfig
+from models.judge.config import DrawConfig, PromptDraw, SftConfig
 from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import JudgeTrainer, make_trainable, save_whole
@@ -69,6 +70,42 @@ def draw_examples(
     chosen = draw_pairs(pairs, draw.max_pairs, draw.balance, rng)
     places, count = range(len(chosen)), round(draw.cot_share * len(chosen))
     return chosen, [frozenset(rng.sample(places, count)) for _ in range(draw.epochs)]
+
+
+def fresh_first(
+    pairs: Sequence[Pair],
+    trained: Sequence[Pair],
+    count: int,
+    balance: float,
+    rng: random.Random,
+) -> list[Pair]:
+    """As many pairs of each grade as `draw_pairs` draws, those that are not in `trained` first.
+
+    What the judge says of pairs that it was fitted to is no sample of its mistakes.
+    """
+    seen = {p.key for p in trained}
+    quota = Counter(p.grade for p in draw_pairs(pairs, count, balance, rng))
+    shuffled = sorted(rng.sample(pairs, len(pairs)), key=lambda p: p.key in seen)
+    chosen = []
+    for pair in shuffled:
+        if quota[pair.grade] > 0:
+            quota[pair.grade] -= 1
+            chosen.append(pair)
+    return chosen
+
+
+def draw_prompts(
+    pairs: Sequence[Pair], trained_on: DrawConfig, draw: PromptDraw, purpose: str
+) -> list[Pair]:
+    """Pairs to sample responses to, those that SFT did not train on first.
+
+    Args:
+        pairs: training pairs, in the order that SFT drew from.
+        purpose: another one draws others with the same seed.
+    """
+    trained, _ = draw_examples(pairs, trained_on, random.Random(trained_on.seed))
+    rng = random.Random(f"{purpose} {draw.seed}")
+    return fresh_first(pairs, trained, draw.count, draw.balance, rng)
 
 
 def reasoned_pairs(pairs: Sequence[Pair], draw: DrawConfig) -> list[Pair]:

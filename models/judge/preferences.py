@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from models.evaluation.pass_at_k import pass_at_k
-from models.judge.config import PassAtNConfig
-from models.judge.cot_sft import draw_pairs
+from models.judge.config import DrawConfig, PassAtNConfig, PromptDraw
+from models.judge.cot_sft import draw_prompts
 from models.judge.scoring import ScoringJudge
 from models.lm.rollout import sample
 from models.teacher.response import ParseOutcome, parse_response
@@ -142,17 +142,28 @@ def build_preferences(
     return out
 
 
+def pass_at_n_prompts(
+    pairs: Sequence[Pair], trained_on: DrawConfig, draw: PromptDraw
+) -> list[Pair]:
+    """The training pairs that pass@N samples from; the teacher's stage draws the same."""
+    return draw_prompts(pairs, trained_on, draw, "pass@N")
+
+
 def make_preferences(
     judge: ScoringJudge,
     pairs: Sequence[Pair],
+    trained_on: DrawConfig,
     config: PassAtNConfig,
     out: Path,
     responses: Mapping[tuple[str, str], str] | None = None,
 ) -> dict[str, float]:
-    """Draw prompts, sample, pair up; writes samples.jsonl and preferences.jsonl to `out`."""
-    import random
+    """Draw prompts, sample, pair up; writes samples.jsonl and preferences.jsonl to `out`.
 
-    chosen = draw_pairs(pairs, config.prompts, 1.0, random.Random(config.seed))
+    Args:
+        pairs: training pairs. trained_on: what SFT drew of them.
+        responses: the teacher's for `pass_at_n_prompts`, by `Pair.key`.
+    """
+    chosen = pass_at_n_prompts(pairs, trained_on, config.draw)
     groups = sample_responses(judge, chosen, config)
     order = judge.encoder.config.order
     preferences = build_preferences(chosen, groups, config, order, responses)
@@ -173,8 +184,8 @@ def make_preferences(
 
 def read_preferences(folder: Path) -> list[Preference]:
     """What `make_preferences` wrote."""
-    lines = (folder / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Preference(**json.loads(line)) for line in lines]
+    lines = (folder / "preferences.jsonl").read_text(encoding="utf-8").split("\n")
+    return [Preference(**json.loads(line)) for line in lines if line]
 
 
 def _write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 
 from models.errors import ConfigError, DivergenceError, explain
 from models.judge.config import DrawConfig, ProbeConfig
-from models.judge.cot_sft import draw_examples, draw_pairs
+from models.judge.cot_sft import draw_examples, fresh_first
 from models.judge.prompt import PromptEncoder
 from models.judge.scoring import chunks
 from models.judge.spec import JudgeSpec
@@ -70,7 +69,7 @@ def train_probe(
         raise ConfigError(explain(got, "a grade that comes first", "set judge.probe=null"))
     rng = random.Random(trained_on.seed)
     trained, _ = draw_examples(pairs, trained_on, rng)
-    probed = fresh_first(pairs, trained, config.max_pairs, rng)
+    probed = fresh_first(pairs, trained, config.max_pairs, 1.0, rng)
     lm, tokenizer = load_lm(base, device=device)
     counts = fit_grade_rows(
         SharedPrefixLM(lm, bf16=config.bf16), PromptEncoder(tokenizer, spec), probed, config
@@ -79,21 +78,6 @@ def train_probe(
     spec.write(out)
     seen = {p.key for p in trained}
     return counts | {"probe/fresh": sum(p.key not in seen for p in probed)}
-
-
-def fresh_first(
-    pairs: Sequence[Pair], trained: Sequence[Pair], count: int, rng: random.Random
-) -> list[Pair]:
-    """Up to `count` class-balanced pairs, of each grade those that SFT did not train on first."""
-    seen = {p.key for p in trained}
-    quota = Counter(p.grade for p in draw_pairs(pairs, count, 1.0, rng))
-    shuffled = sorted(rng.sample(pairs, len(pairs)), key=lambda p: p.key in seen)
-    chosen = []
-    for pair in shuffled:
-        if quota[pair.grade] > 0:
-            quota[pair.grade] -= 1
-            chosen.append(pair)
-    return chosen
 
 
 def fit_grade_rows(

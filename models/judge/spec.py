@@ -46,12 +46,14 @@ class JudgeSpec:
         rules = load_rules(prompt.rules)
         if not prompt.evidence:
             return cls(prompt, rules=rules)
+        pairs = [replace(p, query=_cut(p.query, prompt)) for p in pairs]
         kinds, weights = KindLexicon.fit(pairs, products), WordWeights.fit(products)
         estimate = GradeEstimate.fit(pairs, lambda p: gather(p.query, p.product, kinds, weights))
         return cls(prompt, kinds, None, rules, weights, estimate)
 
     def evidence(self, query: Query, product: Product) -> tuple[Evidence, float | None]:
         """What words say of a pair, and the grade they speak for: None without an estimate."""
+        query = _cut(query, self.prompt)
         found = gather(query, product, self.kinds, self.weights)
         return found, None if self.estimate is None else self.estimate(query, product, found)
 
@@ -103,3 +105,10 @@ class JudgeSpec:
             weights=None if weights is None else WordWeights.from_json(weights),
             estimate=None if estimate is None else GradeEstimate.from_json(estimate),
         )
+
+
+def _cut(query: Query, prompt: PromptConfig) -> Query:
+    """The query as far as the prompt shows it: evidence is of what is read."""
+    if len(query.text) <= prompt.max_query_chars:
+        return query
+    return replace(query, text=query.text[: prompt.max_query_chars])

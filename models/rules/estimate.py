@@ -26,6 +26,7 @@ import numpy as np
 
 from models.rules.association import Occurrences, WordAssociations, Words, words_of
 from models.rules.evidence import NUM_FEATURES, Evidence
+from models.text import normalise
 from models.types import GRADES, Pair, Product, Query
 
 FOLDS = 5
@@ -132,7 +133,7 @@ class AdditiveModel:
 class GradeEstimate:
     """models: [1 + FOLDS], of all training queries and of all but one fold's.
 
-    trained: ids of the training queries.
+    trained: normalised texts of the training queries: one text may have several ids.
     """
 
     models: Sequence[AdditiveModel]
@@ -149,18 +150,18 @@ class GradeEstimate:
         words = [words_of(p.query, p.product) for p in pairs]
         y_N, grade_N = np.array([p.rating for p in pairs]), np.array([p.grade for p in pairs])
         fold_N = np.array([_fold(p.query, FOLDS) for p in pairs])
-        ids = [p.query.query_id for p in pairs]
-        occurrences = Occurrences(words, ids, fold_N, FOLDS)
-        bent = len(set(ids)) >= BENT_FROM
+        texts = [normalise(p.query.text) for p in pairs]
+        occurrences = Occurrences(words, texts, fold_N, FOLDS)
+        bent = len(set(texts)) >= BENT_FROM
         models = [
             AdditiveModel.fit(x_NF, y_N, grade_N, fold_N, occurrences, bent, without)
             for without in (None, *range(FOLDS))
         ]
-        return cls(models, frozenset(ids))
+        return cls(models, frozenset(texts))
 
     def __call__(self, query: Query, product: Product, evidence: Evidence) -> float:
         """The grade in [1, 4] that words speak for, were all grades equally frequent."""
-        new = query.query_id not in self.trained
+        new = normalise(query.text) not in self.trained
         model = self.models[0 if new else 1 + _fold(query, len(self.models) - 1)]
         return model.grade(model(np.array([features(evidence)]), [words_of(query, product)])[0])
 
@@ -177,7 +178,7 @@ class GradeEstimate:
 
 
 def _fold(query: Query, folds: int) -> int:
-    return hashlib.sha256(query.query_id.encode()).digest()[0] % folds
+    return hashlib.sha256(normalise(query.text).encode()).digest()[0] % folds
 
 
 def _bends(column_N: np.ndarray) -> list[float]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from models.rules.wishes import wishes_of
 from models.rules.words import MAX_WORDS
-from models.text import terms
+from models.text import normalise, terms
 from models.types import RELEVANT_GRADE, Pair, Product, Query
 
 KIND_WORD_SHARE = 0.5
@@ -42,8 +42,8 @@ MIN_POSTERIOR = 0.4
 class KindLexicon:
     """Naive Bayes from a query's terms to the category of its relevant products.
 
-    by_query: {query_id: {category: share of its relevant products}} of the training queries.
-    terms_of: {query_id: terms of what the query asks for}.
+    by_query: {normalised text: {category: share of its relevant products}} of the training queries.
+    terms_of: {normalised text: terms of what the query asks for}.
     titles: {term: {category: how typical the term is of it among categories, in (0, 1]}}.
     """
 
@@ -52,15 +52,15 @@ class KindLexicon:
     titles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     _counts: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     _prior: dict[str, float] = field(default_factory=dict, repr=False)
-    _beliefs: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict, repr=False)
+    _beliefs: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         prior: dict[str, float] = defaultdict(float)
-        for query_id, shares in self.by_query.items():
+        for text, shares in self.by_query.items():
             for category, share in shares.items():
                 prior[category] += share
-                for term in self.terms_of[query_id]:
+                for term in self.terms_of[text]:
                     counts[term][category] += share
         self._counts.update({t: dict(c) for t, c in counts.items()})
         self._prior.update(prior)
@@ -74,8 +74,9 @@ class KindLexicon:
         terms_of: dict[str, tuple[str, ...]] = {}
         for pair in pairs:
             if pair.grade >= RELEVANT_GRADE and pair.product.category:
-                found[pair.query.query_id][pair.product.category] += 1
-                terms_of[pair.query.query_id] = _asked_terms(pair.query)
+                text = normalise(pair.query.text)
+                found[text][pair.product.category] += 1
+                terms_of[text] = _asked_terms(pair.query)
         shares = {
             q: {c: n / sum(counts.values()) for c, n in counts.items()}
             for q, counts in found.items()
@@ -106,7 +107,7 @@ class KindLexicon:
         posterior(c) ~ prior(c) * prod_t (n(t, c) + a prior(c)) / ((n(t) + a) prior(c)), over the
         terms of what is asked for; n(t, c) with TITLES for titles; terms never seen say nothing.
         """
-        key = (query.query_id, query.text)
+        key = normalise(query.text)
         if key not in self._beliefs:
             if len(self._beliefs) >= REMEMBERED:
                 self._beliefs.clear()
@@ -134,14 +135,15 @@ class KindLexicon:
     def _others(self, query: Query, term: str) -> dict[str, float]:
         """n(t, c) without the query's own contribution."""
         seen = self._counts.get(term, {})
-        if term not in self.terms_of.get(query.query_id, ()):
+        text = normalise(query.text)
+        if term not in self.terms_of.get(text, ()):
             return seen
-        own = self.by_query[query.query_id]
+        own = self.by_query[text]
         left = {c: n - own.get(c, 0.0) for c, n in seen.items()}
         return {c: n for c, n in left.items() if n > 1e-9}
 
     def _infer(self, query: Query) -> dict[str, float]:
-        own = self.by_query.get(query.query_id, {})
+        own = self.by_query.get(normalise(query.text), {})
         prior = {c: p - own.get(c, 0.0) for c, p in self._prior.items()}
         total = sum(prior.values())
         if total <= 1e-9:

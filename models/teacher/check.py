@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.rules.table import contradicts
-from models.teacher.response import ParseOutcome, parse_response, render_response
+from models.teacher.response import ParseOutcome, attribute_name, parse_response, render_response
 from models.text import plain_line
-from models.types import GRADE_NAMES, Pair, Verdicts
-
-STEPS = ("query", "item", "category", "attributes", "decision")
+from models.types import Pair, Verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +23,14 @@ class Checked:
 
 
 def known_verdicts(pair: Pair) -> Verdicts | None:
-    """The store's own verdicts, where it has some that its grade does not contradict."""
+    """The store's own verdicts, where it has some that its grade does not contradict.
+
+    Attributes are named as the response format can hold them; one without a name is left out.
+    """
     if pair.verdicts is None or contradicts(pair.grade, pair.verdicts):
         return None
-    return pair.verdicts
+    named = ((attribute_name(name), holds) for name, holds in pair.verdicts.attributes)
+    return Verdicts(pair.verdicts.category, tuple(known for known in named if known[0]))
 
 
 def check(text: str, pair: Pair, max_words: int | None = None) -> Checked:
@@ -40,13 +42,11 @@ def check(text: str, pair: Pair, max_words: int | None = None) -> Checked:
     """
     lines = [line for line in map(plain_line, text.splitlines()) if line]
     read = parse_response("\n".join(lines), "respond_then_think")
-    names = tuple(line.partition(":")[0] for line in lines[1:])
-    if read.outcome is not ParseOutcome.OK or read.verdicts is None or names != STEPS:
-        return Checked(None, f"not the six lines asked for, but {len(lines)} ({read.outcome})")
+    if read.outcome is not ParseOutcome.OK or read.verdicts is None:
+        got = f"{len(lines)} lines ({read.outcome})"
+        return Checked(None, f"not the six lines asked for, each saying something, but {got}")
     query, item, _, _, decision = (line.partition(":")[2].strip() for line in lines[1:])
-    if not query or not item:
-        return Checked(None, "an empty step")
-    if read.grade != pair.grade or decision != GRADE_NAMES[pair.grade]:
+    if (read.grade, read.decision) != (pair.grade, pair.grade):
         return Checked(None, f"grade {read.grade} and decision {decision}, not the grade given")
     if contradicts(pair.grade, read.verdicts):
         return Checked(None, f"verdicts that contradict grade {pair.grade}")

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.rules.table import contradicts
+from models.text import plain_line
 from models.types import GRADE_NAMES, Category, Verdicts
 
 Order = Literal["respond_then_think", "think_then_respond", "label_only"]
 
-NUM_STEPS = 5
+STEPS = ("query", "item", "category", "attributes", "decision")
+NUM_STEPS = len(STEPS)
 _GRADES = frozenset("1234")
+_GRADE_OF = {name: grade for grade, name in GRADE_NAMES.items()}
 
 
 class ParseOutcome(enum.StrEnum):
@@ -38,12 +41,16 @@ class ParseOutcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response read back. grade is None unless one could be read; verdicts likewise."""
+    """A response read back. grade is None unless one could be read; verdicts likewise.
+
+    decision: the grade that the last step names.
+    """
 
     outcome: ParseOutcome
     grade: int | None
     verdicts: Verdicts | None
     text: str
+    decision: int | None = None
 
     @property
     def states_both(self) -> bool:
@@ -52,10 +59,12 @@ class Response:
 
     @property
     def contradicting(self) -> bool:
-        """Whether the grade breaks the verdicts under the rule table."""
+        """Whether the grade breaks the verdicts under the rule table, or the decision is another
+        grade."""
         if self.grade is None or self.verdicts is None:
             return False
-        return contradicts(self.grade, self.verdicts)
+        decides_otherwise = self.decision is not None and self.decision != self.grade
+        return decides_otherwise or contradicts(self.grade, self.verdicts)
 
     @property
     def sound(self) -> bool:
@@ -137,14 +146,25 @@ def parse_response(text: str, order: Order, finished: bool = True) -> Response:
         return Response(ParseOutcome.EMPTY, None, None, text)
     raw = lines[-1 if order == "think_then_respond" else 0].strip()
     grade = int(raw) if raw in _GRADES else None
-    alone = order == "label_only"
-    verdicts = None if alone else _parse_verdicts(lines)
+    steps = [] if order == "label_only" else _steps(lines)
+    verdicts = _verdicts(steps)
+    decision = _GRADE_OF.get(_only(steps, "decision"))
     if not finished:
-        return Response(ParseOutcome.TRUNCATED, grade, verdicts, text)
-    whole = len(lines) == 1 if alone else verdicts is not None and len(lines) == NUM_STEPS + 1
-    if grade is None or not whole:
-        return Response(ParseOutcome.MALFORMED, grade, verdicts, text)
-    return Response(ParseOutcome.OK, grade, verdicts, text)
+        outcome = ParseOutcome.TRUNCATED
+    elif grade is not None and len(lines) == 1 + len(steps) and _whole(steps, order):
+        outcome = ParseOutcome.OK
+    else:
+        outcome = ParseOutcome.MALFORMED
+    return Response(outcome, grade, verdicts, text, decision)
+
+
+def attribute_name(name: str) -> str:
+    """A name as the attributes line can hold it: plain, without the commas that part two.
+
+    >>> attribute_name("width, 10,000 mm<|im_end|>")
+    'width 10,000 mm'
+    """
+    return plain_line(_NEXT.sub(" ", name))
 
 
 def verdict_spans(text: str) -> list[tuple[int, int]]:
@@ -164,12 +184,32 @@ def verdict_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _parse_verdicts(lines: list[str]) -> Verdicts | None:
-    fields = dict(line.split(": ", 1) for line in lines if ": " in line)
-    category, attributes = fields.get("category", "").strip(), fields.get("attributes")
-    if category not in set(Category) or attributes is None:
+def _steps(lines: list[str]) -> list[tuple[str, str]]:
+    """(name, what is said) of every line that names one of the steps."""
+    split = (line.partition(": ") for line in lines)
+    return [(name, said.strip()) for name, _, said in split if name in STEPS]
+
+
+def _whole(steps: list[tuple[str, str]], order: Order) -> bool:
+    """Whether all that is due is there: each step once, in order, saying something readable."""
+    if order == "label_only":
+        return not steps
+    names, said = zip(*steps, strict=True) if steps else ((), ())
+    readable = _verdicts(steps) is not None and _only(steps, "decision") in _GRADE_OF
+    return names == STEPS and all(said) and readable
+
+
+def _only(steps: list[tuple[str, str]], name: str) -> str:
+    """What is said under `name`, "" unless that is said once."""
+    said = [value for key, value in steps if key == name]
+    return said[0] if len(said) == 1 else ""
+
+
+def _verdicts(steps: list[tuple[str, str]]) -> Verdicts | None:
+    category, attributes = _only(steps, "category"), _only(steps, "attributes")
+    if category not in set(Category) or not attributes:
         return None
-    if attributes.strip() == "none":
+    if attributes == "none":
         return Verdicts(Category(category))
     matches = [_ATTRIBUTE.fullmatch(part) for part in _NEXT.split(attributes)]
     if any(m is None for m in matches):

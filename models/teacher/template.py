@@ -11,6 +11,7 @@ from models.rules.evidence import Evidence, gather
 from models.rules.table import leading_to
 from models.teacher.check import known_verdicts
 from models.teacher.response import Order, render_response
+from models.text import plain_line
 from models.types import Category, Pair, Verdicts
 
 MAX_STEP_WORDS = 4
@@ -47,7 +48,11 @@ def _attributes(evidence: Evidence) -> tuple[tuple[str, bool], ...]:
 
 def write(pair: Pair, order: Order) -> str:
     """The teacher's response for one pair, in the configured order."""
-    query_step = " ".join(pair.query.text.split()[:MAX_STEP_WORDS])
     item = pair.product.category.split(">")[-1].strip() or pair.product.title
-    item_step = " ".join(item.replace("|", " ").lower().split()[:MAX_STEP_WORDS])
+    item = plain_line(item).replace("|", " ").lower()
+    query_step, item_step = _step(plain_line(pair.query.text)), _step(item)
     return render_response(query_step, item_step, gold_verdicts(pair), pair.grade, order)
+
+
+def _step(text: str) -> str:
+    return " ".join(text.split()[:MAX_STEP_WORDS]) or "unnamed"

@@ -176,7 +176,7 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
     assert Counter(name for name, _ in called) == {
         "base_model": 2,  # the encoder's and the judge's
         "judge_prompt": 1,
-        "judge_teacher": 1,
+        "judge_teacher": 2,
         "judge_cot_sft": 1,
         "judge_probe": 1,
         "judge_pass_at_n": 1,

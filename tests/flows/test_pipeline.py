@@ -30,7 +30,7 @@ STAGES = {
     "validate": 1,
     "base_model": 2,
     "judge_prompt": 1,
-    "judge_teacher": 1,
+    "judge_teacher": 2,
     "judge_cot_sft": 1,
     "judge_probe": 1,
     "judge_pass_at_n": 1,

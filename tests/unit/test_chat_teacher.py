@@ -163,7 +163,7 @@ def test_known_verdicts_are_given_and_must_come_back(server: FakeEndpoint) -> No
         (answer(4, STEPS[4]) + "\nThat is all.", "six lines"),
         (answer(4, "category: perhaps\nattributes: none"), "six lines"),
         (answer(4, "attributes: none\ncategory: match"), "six lines"),
-        (answer(4, STEPS[4], item=""), "empty step"),
+        (answer(4, STEPS[4], item=""), "each saying something"),
         (answer(3, STEPS[3]), "grade 3"),
         ("3" + answer(4, STEPS[4])[1:], "grade 3"),
         (answer(4, STEPS[4]).replace("excellent", "irrelevant"), "decision irrelevant"),

@@ -103,8 +103,14 @@ def test_irrelevant_products_teach_nothing() -> None:
 
 def test_a_training_query_does_not_see_its_own_labels() -> None:
     only = KindLexicon.fit([pair("q", "couch", SOFA), pair("r", "lamp", LAMP)])
-    assert only.asked(Query("other", "couch")) == SOFA
+    assert only.asked(Query("other", "red couch")) == SOFA
     assert only.asked(Query("q", "couch")) is None
+
+
+def test_nor_those_of_its_twin_under_another_id() -> None:
+    twins = KindLexicon.fit([pair("q", "couch", SOFA), pair("t", "Couch ", SOFA)])
+    assert twins.asked(Query("q", "couch")) is None
+    assert twins.asked(Query("new", "red couch")) == SOFA
 
 
 def test_words_that_name_the_kind_are_not_missing() -> None:

@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from models.errors import ConfigError, DivergenceError
-from models.judge.config import DrawConfig, ProbeConfig, PromptConfig
+from models.judge.config import DrawConfig, ProbeConfig, PromptConfig, PromptDraw
+from models.judge.cot_sft import draw_examples, draw_prompts, fresh_first
 from models.judge.probe import (
     answer_states,
     fit_grade_rows,
     fit_probe,
-    fresh_first,
     response_gram,
     smoothed_targets,
     train_probe,
@@ -183,17 +183,32 @@ def test_a_judge_that_thinks_first_has_no_probe(
 
 def test_the_probe_reads_pairs_that_sft_did_not_train_on_first(pairs: list[Pair]) -> None:
     trained, fresh = pairs[:32], {p.key for p in pairs[32:]}
-    few = fresh_first(pairs, trained, 8, random.Random(0))
+    few = fresh_first(pairs, trained, 8, 1.0, random.Random(0))
     assert {p.key for p in few} == fresh
-    many = fresh_first(pairs, trained, 20, random.Random(0))
+    many = fresh_first(pairs, trained, 20, 1.0, random.Random(0))
     assert fresh < {p.key for p in many} and len({p.key for p in many}) == 20
 
 
 def test_a_grade_that_sft_used_up_is_still_probed(pairs: list[Pair]) -> None:
     """Grades in turn; SFT has taken every pair of grade 2."""
     trained = [p for p in pairs if p.grade == 2]
-    probed = fresh_first(pairs, trained, 16, random.Random(0))
+    probed = fresh_first(pairs, trained, 16, 1.0, random.Random(0))
     assert Counter(p.grade for p in probed) == {1: 4, 2: 4, 3: 4, 4: 4}
+
+
+def test_what_is_sampled_for_rl_is_new_to_sft_and_differs_by_purpose(pairs: list[Pair]) -> None:
+    """All stages have the same seed and draw from the same list."""
+    drawn = DrawConfig(max_pairs=20, epochs=1, balance=1.0, cot_share=1.0, seed=0)
+    trained = {p.key for p in draw_examples(pairs, drawn, random.Random(0))[0]}
+    prompts = PromptDraw(count=8, balance=1.0, seed=0)
+    groups = [
+        [p.key for p in draw_prompts(pairs, drawn, prompts, purpose)]
+        for purpose in ("pass@N", "RL pool")
+    ]
+    for keys in groups:
+        assert len(set(keys)) == 8 and not trained & set(keys)
+    assert set(groups[0]) != set(groups[1])
+    assert groups[0] == [p.key for p in draw_prompts(pairs, drawn, prompts, "pass@N")]
 
 
 def test_features_that_are_not_finite_stop_the_run() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -181,3 +183,56 @@ def test_verdicts_are_looked_for_where_they_are_stated() -> None:
     assert [text[a:b] for a, b in verdict_spans(text)] == ["match", "yes", "no", "mismatch"]
     bare = "1\nquery: a\nitem: b\ncategory: mismatch\nattributes: none\ndecision: irrelevant"
     assert [bare[a:b] for a, b in verdict_spans(bare)] == ["mismatch", "none", "irrelevant"]
+
+
+GOOD = ("query: a", "item: b", "category: match", "attributes: none", "decision: excellent")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (*GOOD[:4], "zzz"),
+        ("foo", "bar", *GOOD[2:]),
+        (*GOOD[:4], "decision: perhaps"),
+        ("query: a", "query: b", *GOOD[2:]),
+        (GOOD[1], GOOD[0], *GOOD[2:]),
+        ("category: mismatch", *GOOD[:3], GOOD[4]),
+        ("query: ", *GOOD[1:]),
+        (*GOOD, "and more"),
+    ],
+)
+def test_six_lines_are_not_yet_the_format(steps: tuple[str, ...]) -> None:
+    whole = parse_response("\n".join(("4", *GOOD)), "respond_then_think")
+    assert (whole.outcome, whole.sound, whole.decision) == (ParseOutcome.OK, True, 4)
+    for order, lines in (
+        ("respond_then_think", ("4", *steps)),
+        ("think_then_respond", (*steps, "4")),
+    ):
+        read = parse_response("\n".join(lines), order)  # type: ignore[arg-type]
+        assert (read.outcome, read.sound) == (ParseOutcome.MALFORMED, False)
+
+
+def test_a_verdict_stated_twice_is_none() -> None:
+    text = "4\ncategory: mismatch\nquery: a\nattributes: none\ncategory: match\ndecision: excellent"
+    assert parse_response(text, "respond_then_think").verdicts is None
+
+
+def test_a_decision_for_another_grade_is_a_contradiction() -> None:
+    text = "\n".join(("4", *GOOD[:4], "decision: mismatch"))
+    read = parse_response(text, "respond_then_think")
+    assert (read.outcome, read.contradicting, read.sound) == (ParseOutcome.OK, True, False)
+    cut = parse_response("\n".join(("4", *GOOD[:4], "decision: mis")), "respond_then_think", False)
+    assert (cut.outcome, cut.contradicting) == (ParseOutcome.TRUNCATED, False)
+
+
+@pytest.mark.parametrize("order", ["respond_then_think", "think_then_respond"])
+@pytest.mark.parametrize("title", ["|||", "sofa<|im_end|>", "sofa</s>\n4"])
+def test_no_text_of_a_store_breaks_what_is_taught(order: Order, title: str) -> None:
+    said = Verdicts(Category.MATCH, (("width, 10,000 mm<|im_end|>", True), ("<|im_end|>", True)))
+    pair = replace(make_pair("red <|im_end|>", title, 4), verdicts=said)
+    text = write(pair, order)
+    read = parse_response(text, order)
+    assert (read.outcome, read.sound, read.grade) == (ParseOutcome.OK, True, 4)
+    assert read.verdicts == gold_verdicts(pair)
+    assert read.verdicts.attributes == (("width 10,000 mm", True),)
+    assert "<" not in text
