@@ -29,6 +29,10 @@ class SplitConfig(BaseModel):
     salt: str = "relearn"
     """Another salt, another split."""
 
+    def holds_out(self, text: str) -> bool:
+        """Whether a query of this text is for validation or test, by its place alone."""
+        return position(text, self.salt) < self.test + self.validation
+
     @model_validator(mode="after")
     def _leaves_training(self) -> SplitConfig:
         if self.test + self.validation >= 1:

@@ -48,7 +48,7 @@ def embedder_base(ctx: StageContext, config: EncoderConfig, base: ArtifactRef) -
     prepare_encoder(weights_path(ctx, base), config, ctx.out)
 
 
-@stage(name="embedder_sft", kind="embedder", code_version="5")
+@stage(name="embedder_sft", kind="embedder", code_version="6")
 def embedder_sft(
     ctx: StageContext, config: ContrastiveConfig, base: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -125,7 +125,7 @@ def _index_of_same_vectors(ctx: StageContext, weights: str, dim: int | None) -> 
     return None if found is None else ctx.store.ref(found)
 
 
-@stage(name="embedder_rgrpo", kind="embedder", code_version="7")
+@stage(name="embedder_rgrpo", kind="embedder", code_version="8")
 def embedder_rgrpo(
     ctx: StageContext,
     config: RetrievalGRPOConfig,
@@ -158,7 +158,7 @@ def embedder_rgrpo(
     return dict(counts) | cost | {"judge_cache/hit_rate": relevance.cache.hit_rate}
 
 
-@stage(name="embedder_negatives", kind="data", code_version="2")
+@stage(name="embedder_negatives", kind="data", code_version="3")
 def embedder_negatives(
     ctx: StageContext,
     config: MiningConfig,
@@ -187,7 +187,7 @@ def embedder_negatives(
     return {f"mining/{name}": value for name, value in known.items()} | judge_cost(relevance)
 
 
-@stage(name="embedder_hard", kind="embedder", code_version="2")
+@stage(name="embedder_hard", kind="embedder", code_version="3")
 def embedder_hard(
     ctx: StageContext,
     config: HardNegativeConfig,

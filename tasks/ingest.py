@@ -19,7 +19,7 @@ def open_store(ctx: StageContext, ref: ArtifactRef) -> Store:
     return Store.read(ctx.open(ref) / "store")
 
 
-@stage(name="ingest", kind="data", code_version="3")
+@stage(name="ingest", kind="data", code_version="4")
 def ingest(
     ctx: StageContext, source: SourceConfig, split: SplitConfig, content: str
 ) -> dict[str, float]:
@@ -35,7 +35,7 @@ def ingest(
     from models.sources import digest, load
     from models.split import assign
 
-    loaded = load(source, ctx.settings.data_dir)
+    loaded = load(source, ctx.settings.data_dir, split)
     if digest(source, ctx.settings.data_dir) != content:
         got = f"source files of {source.kind} that changed while they were read"
         do = "let the export move finished files into place, then run again"

@@ -137,7 +137,8 @@ class PairCollator:
         self.products = store.product_by_id
         self.queries = store.query_by_id
         self.catalogue = list(self.products)
-        self.known = known_positives(store, pairs)
+        every = positive_pairs(store, config.model_copy(update={"max_pairs": None}))
+        self.known = known_positives(store, every)
         self.copies = Copies(self.products)
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Any]:

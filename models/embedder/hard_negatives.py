@@ -157,7 +157,8 @@ def train_on_hard_negatives(
     Goes on from the newest checkpoint in `scratch`. Logs `embedder/<loss>/...` as SFT does.
 
     Args:
-        negatives: {query_id: product ids, nearest first}; see `mining.mine`.
+        negatives: {query_id: product ids, nearest first}; see `mining.mine`. Those that are
+            positives at this `min_grade` are left out.
 
     Returns:
         pairs, steps and loss.
@@ -168,7 +169,12 @@ def train_on_hard_negatives(
     wanted = ContrastiveConfig(
         min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
     )
-    pairs = [p for p in positive_pairs(store, wanted) if negatives.get(p.query_id)]
+    every, copies = positive_pairs(store, wanted), Copies(store.product_by_id)
+    known = {q: copies.all_of(ids) for q, ids in known_positives(store, every).items()}
+    negatives = {
+        q: [p for p in ids if copies.of(p) not in known.get(q, ())] for q, ids in negatives.items()
+    }
+    pairs = [p for p in every if negatives.get(p.query_id)]
     if len(pairs) < 2:
         raise DataContractError(
             explain(

@@ -5,6 +5,7 @@ Consumes a store -> produces weighted (query, product) pairs, and what is no hon
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from models.embedder.config import ContrastiveConfig, Event, Interactions
 from models.errors import DataContractError, explain
 from models.objectives.infonce import false_negatives
 from models.store import Store
-from models.text import product_text
+from models.text import normalise, product_text
 from models.types import Product
 
 
@@ -94,12 +95,25 @@ def _judged_weights(
 
 
 def known_positives(store: Store, pairs: Sequence[PositivePair]) -> dict[str, set[str]]:
-    """Products that are no honest negatives of a query: its positives, and any of grade >= 3."""
+    """Products that are no honest negatives of a query: its positives, and any of grade >= 3.
+
+    Queries of one text, under several ids, share them.
+
+    Args:
+        pairs: all positives, not only those that are trained on.
+    """
+    by_text: dict[str, set[str]] = defaultdict(set)
     known: dict[str, set[str]] = {}
+
+    def shared(query_id: str) -> set[str]:
+        if query_id not in known:
+            known[query_id] = by_text[normalise(store.query_by_id[query_id].text)]
+        return known[query_id]
+
     for q, row in store.qrels("train").items():
-        known[q] = {p for p, grade in row.items() if grade >= 3}
+        shared(q).update(p for p, grade in row.items() if grade >= 3)
     for pair in pairs:
-        known.setdefault(pair.query_id, set()).add(pair.product_id)
+        shared(pair.query_id).add(pair.product_id)
     return known
 
 

@@ -287,7 +287,7 @@ class Run:
         return np.array([orders[i // count][i % count] for i in places])
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.config.seed, epoch)).permutation(len(self.queries))
+        return np.random.default_rng((self.config.seed, 2, epoch)).permutation(len(self.queries))
 
     def _candidates(self, queries: Sequence[Query], vectors_QD: np.ndarray) -> np.ndarray:
         k = self.config.k

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import DataContractError, explain
+from models.split import SplitConfig
 from models.store import Store
 
 
@@ -88,17 +89,18 @@ class Loaded:
     quarantine: pa.Table
 
 
-def load(source: SourceConfig, data_dir: Path | None) -> Loaded:
+def load(source: SourceConfig, data_dir: Path | None, split: SplitConfig | None = None) -> Loaded:
     """Read one source into a store; row faults go to quarantine.
 
     data_dir: folder of the files; not looked at by `synthetic`.
+    split: what will be held out, and is not counted by what stands in for sales; None: the default.
 
     Raises:
         DataContractError: files are missing, unreadable, or lack a column.
     """
     from models.sources.cleaning import clean
 
-    tables, notes = _reader(source).read(source, _folder(source, data_dir))
+    tables, notes = _reader(source).read(source, _folder(source, data_dir), split or SplitConfig())
     good, quarantine = clean(tables)
     return Loaded(Store(**good, notes={"source": source.kind, **notes}), quarantine)
 
@@ -120,7 +122,8 @@ def digest(source: SourceConfig, data_dir: Path | None) -> str:
 
 
 def _reader(source: SourceConfig) -> ModuleType:
-    """The module behind `source.kind`; it has `files` and `read`, both of (source, folder)."""
+    """The module behind `source.kind`; it has `files` of (source, folder), and `read` of
+    (source, folder, split)."""
     return importlib.import_module(f"models.sources.{source.kind}")
 
 

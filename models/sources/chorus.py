@@ -17,6 +17,7 @@ import pandas as pd
 
 from models.errors import DataContractError, explain
 from models.sources import ChorusSource, proxies, reading
+from models.split import SplitConfig
 
 WHERE = (
     "copy data/*.json.zip and the two Broad_Query_Set csv files of the repository o19s/chorus "
@@ -50,7 +51,9 @@ def files(source: ChorusSource, folder: Path) -> list[Path]:
     return list(_paths(folder).values())
 
 
-def read(source: ChorusSource, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+def read(
+    source: ChorusSource, folder: Path, split: SplitConfig
+) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Tables (loose columns, for `cleaning.clean`) and notes.
 
     Raises:

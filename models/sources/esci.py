@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from models.errors import DataContractError, explain
 from models.sources import EsciSource, proxies, reading
+from models.split import SplitConfig
 
 WHERE = (
     "download shopping_queries_dataset_examples.parquet and "
@@ -52,7 +53,9 @@ def files(source: EsciSource, folder: Path) -> list[Path]:
     return joined
 
 
-def read(source: EsciSource, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+def read(
+    source: EsciSource, folder: Path, split: SplitConfig
+) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Tables (loose columns, for `cleaning.clean`) and notes.
 
     Raises:
@@ -71,7 +74,7 @@ def read(source: EsciSource, folder: Path) -> tuple[dict[str, pd.DataFrame], dic
             explain(f"no row with product_locale {source.locale!r}", "us, es or jp", "set locale")
         )
     tables = {
-        "products": _catalogue(pd.concat(products, ignore_index=True), pairs),
+        "products": _catalogue(pd.concat(products, ignore_index=True), pairs, split),
         "queries": _queries(pairs),
         "judgments": pd.DataFrame(
             {
@@ -109,13 +112,13 @@ def _queries(pairs: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _catalogue(rows: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+def _catalogue(rows: pd.DataFrame, pairs: pd.DataFrame, split: SplitConfig) -> pd.DataFrame:
     rows = rows.drop_duplicates("product_id")
     blank = pd.Series("", index=rows.index)
     prose = rows.get("product_description", blank).fillna("").str.replace(_TAG, " ", regex=True)
     points = rows.get("product_bullet_point", blank).fillna("")
     colour = rows.get("product_color", blank)
-    popularity = proxies.judged_popularity(pairs["query_id"], pairs["product_id"])
+    popularity = proxies.judged_popularity(pairs["query"], pairs["product_id"], split)
     return pd.DataFrame(
         {
             "product_id": rows["product_id"],

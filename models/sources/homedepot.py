@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from models.sources import HomeDepotSource, proxies, reading
+from models.split import SplitConfig
 
 WHERE = (
     "download train.csv.zip and test.csv.zip of the Kaggle competition "
@@ -74,7 +75,9 @@ def files(source: HomeDepotSource, folder: Path) -> list[Path]:
     return list(_paths(folder).values())
 
 
-def read(source: HomeDepotSource, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+def read(
+    source: HomeDepotSource, folder: Path, split: SplitConfig
+) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Tables (loose columns, for `cleaning.clean`) and notes.
 
     Raises:
@@ -88,7 +91,7 @@ def read(source: HomeDepotSource, folder: Path) -> tuple[dict[str, pd.DataFrame]
         for column in ("product_title", "search_term"):
             frame[column] = _repaired(frame[column])
     tables = {
-        "products": _products(pd.concat([train, test], ignore_index=True), paths),
+        "products": _products(pd.concat([train, test], ignore_index=True), paths, split),
         "queries": proxies.queries(train["search_term"]),
         "judgments": _judgments(train),
     }
@@ -111,8 +114,8 @@ def _repaired(texts: pd.Series) -> pd.Series:
     return texts.where(~broken, texts[broken].map(repair).reindex(texts.index))
 
 
-def _products(rows: pd.DataFrame, paths: dict[str, Path]) -> pd.DataFrame:
-    popularity = proxies.judged_popularity(rows["search_term"], rows["product_uid"])
+def _products(rows: pd.DataFrame, paths: dict[str, Path], split: SplitConfig) -> pd.DataFrame:
+    popularity = proxies.judged_popularity(rows["search_term"], rows["product_uid"], split)
     frame = rows[["product_uid", "product_title"]].drop_duplicates()
     frame = frame.rename(columns={"product_uid": "product_id", "product_title": "title"})
     frame["sales"] = frame["product_id"].map(popularity)

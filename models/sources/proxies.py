@@ -11,13 +11,14 @@ import hashlib
 import numpy as np
 import pandas as pd
 
+from models.split import SplitConfig
 from models.text import normalise, terms
 
 LONG_TAIL_TERMS = 4
 """A query with at least so many distinct terms counts as long tail (ours)."""
 
 JUDGED_POPULARITY_NOTE = (
-    "proxy: sales = log(1 + number of distinct queries the product was shown to raters for)"
+    "proxy: sales = log(1 + distinct training queries that the product was shown to raters for)"
 )
 SEGMENT_NOTE = f"proxy: long_tail = at least {LONG_TAIL_TERMS} distinct terms, else general"
 
@@ -51,8 +52,14 @@ def ids(texts: pd.Series) -> pd.Series:
     return texts.map(known)
 
 
-def judged_popularity(query_ids: pd.Series, product_ids: pd.Series) -> pd.Series:
-    """log(1 + distinct queries) a product, indexed by product id (natural log, no unit)."""
-    pairs = pd.DataFrame({"query": query_ids.to_numpy(), "product": product_ids.to_numpy()})
+def judged_popularity(texts: pd.Series, product_ids: pd.Series, split: SplitConfig) -> pd.Series:
+    """log(1 + distinct queries) a product, indexed by product id (natural log, no unit).
+
+    Being shown to raters goes with being relevant, so queries that are held out count for nothing;
+    a product that was shown for none of the others has no value.
+    """
+    pairs = pd.DataFrame({"query": ids(texts).to_numpy(), "product": product_ids.to_numpy()})
+    held_out = {t: isinstance(t, str) and split.holds_out(t) for t in texts.unique()}
+    pairs = pairs[~texts.map(held_out).to_numpy(dtype=bool)]
     counts = pairs.drop_duplicates().groupby("product")["query"].size()
     return np.log1p(counts.astype(float))

@@ -28,6 +28,7 @@ from models.schemas import EVENTS
 from models.sources import SyntheticSource, catalogue, demand, vocabulary
 from models.sources.catalogue import NUM_ASKABLE, TYPE_ID, TYPES, Catalogue, product_id
 from models.sources.demand import Ask
+from models.split import SplitConfig
 from models.types import Category, Verdicts
 
 WHERE = "nothing to fetch: the synthetic store is generated"
@@ -74,8 +75,10 @@ def files(source: SyntheticSource, folder: Path) -> list[Path]:
     return []
 
 
-def read(source: SyntheticSource, folder: Path) -> tuple[dict[str, pa.Table], dict[str, str]]:
-    """The generated tables and the store's notes; `folder` is not looked at."""
+def read(
+    source: SyntheticSource, folder: Path, split: SplitConfig
+) -> tuple[dict[str, pa.Table], dict[str, str]]:
+    """The generated tables and the store's notes; `folder` and `split` are not looked at."""
     stock = catalogue.draw(source.num_products, source.seed)
     asks = demand.draw(stock, source.num_queries, source.seed)
     pairs = _Pairs(stock, asks)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from models.schemas import TABLES
 from models.sources import TablesSource, reading
+from models.split import SplitConfig
 
 WHERE = (
     "put products, queries and judgments (and interactions, if you have them) as .parquet, .csv or "
@@ -31,7 +32,7 @@ def files(source: TablesSource, folder: Path) -> list[Path]:
 
 
 def read(
-    source: TablesSource, folder: Path
+    source: TablesSource, folder: Path, split: SplitConfig
 ) -> tuple[dict[str, pa.Table | pd.DataFrame], dict[str, str]]:
     """Tables (loose columns, for `cleaning.clean`) and notes.
 

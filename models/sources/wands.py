@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from models.sources import WandsSource, proxies, reading
+from models.split import SplitConfig
 
 WHERE = (
     "copy dataset/query.csv, dataset/product.csv and dataset/label.csv of the repository "
@@ -27,7 +28,9 @@ def files(source: WandsSource, folder: Path) -> list[Path]:
     return list(_paths(folder).values())
 
 
-def read(source: WandsSource, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+def read(
+    source: WandsSource, folder: Path, split: SplitConfig
+) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Tables (loose columns, for `cleaning.clean`) and notes.
 
     Raises:

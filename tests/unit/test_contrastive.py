@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -19,7 +21,13 @@ from models.embedder.contrastive import (
     train_contrastive,
 )
 from models.embedder.encoder import encode, load_encoder, prepare_encoder
-from models.embedder.pairs import Copies, PositivePair, masked_columns, positive_pairs
+from models.embedder.pairs import (
+    Copies,
+    PositivePair,
+    known_positives,
+    masked_columns,
+    positive_pairs,
+)
 from models.embedder.tiny import build_tiny_encoder
 from models.errors import ConfigError, DataContractError, DivergenceError, WeightsError
 from models.lm.tiny import build_tiny_lm
@@ -199,6 +207,34 @@ def test_collator_draws_and_masks(store: Store, encoder_dir: Path) -> None:
     assert not PairCollator(collator.encoder, store, pairs, config)(rows)["label"]["masked"].any()
     other = PairCollator(collator.encoder, store, pairs, config.model_copy(update={"seed": 4}))
     assert other._draw([0, 1, 7]) != collator._draw([0, 1, 7])
+
+
+def bought(store: Store, query_id: str, *products: str) -> Store:
+    """The store without judgments of a query, and with purchases instead."""
+    rows = [{"query_id": query_id, "product_id": p, "event": "purchase"} for p in products]
+    kept = store.judgments.filter(pc.not_equal(store.judgments["query_id"], query_id))
+    events = pa.Table.from_pylist(rows, schema=TABLES["interactions"])
+    return replace(store, judgments=kept, interactions=events)
+
+
+def test_a_positive_that_is_not_trained_on_is_no_negative(store: Store, encoder_dir: Path) -> None:
+    store = bought(store, "q-red-hat", "red-hat", "blue-hat", "green-mug")
+    config = ContrastiveConfig(global_negatives=20, max_pairs=2, seed=3)
+    pairs = [PositivePair("q-red-hat", "red-hat", 1.0), PositivePair("q-red-mug", "red-mug", 1.0)]
+    collator = PairCollator(load_encoder(str(encoder_dir)), store, pairs, config)
+    masked = collator([{"row": 0}, {"row": 1}])["label"]["masked"]
+    assert masked[:, 2:].sum(1).tolist() == [3, 4], "all its purchases; the other's four grades"
+
+
+def test_queries_of_one_text_share_their_positives(store: Store) -> None:
+    twin = store.queries.slice(0, 1).to_pylist()[0] | {"query_id": "twin"}
+    twin["text"] = f" {twin['text'].upper()}"
+    more = pa.Table.from_pylist([twin], schema=TABLES["queries"])
+    both = replace(store, queries=pa.concat_tables([store.queries, more]))
+    both = bought(both, "twin", "blue-rug")
+    first = both.queries["query_id"][0].as_py()
+    known = known_positives(both, positive_pairs(both, ContrastiveConfig()))
+    assert known[first] == known["twin"] > {"blue-rug"} and len(known["twin"]) == 5
 
 
 def gradients(

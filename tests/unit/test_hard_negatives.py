@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -122,9 +123,9 @@ def test_a_judge_that_calls_all_good_leaves_nothing(store: Store, encoder_dir: P
 
 
 def test_negatives_survive_their_file(tmp_path: Path) -> None:
-    rows = [("q", "b", 1), ("r", "a", 1), ("q", "a", 2)]
+    rows = [("q", "b", 1), ("r", "a\u2028c\x85", 1), ("q", "a", 2)]
     write_negatives([HardNegative(q, p, 0.5, rank, 0.1) for q, p, rank in rows], tmp_path)
-    assert read_negatives(tmp_path) == {"q": ["b", "a"], "r": ["a"]}
+    assert read_negatives(tmp_path) == {"q": ["b", "a"], "r": ["a\u2028c\x85"]}
 
 
 def test_losses_as_arithmetic() -> None:
@@ -210,3 +211,20 @@ def test_queries_without_negatives_are_no_training_data(
         train_on_hard_negatives(
             str(encoder_dir), store, {}, FAST, tmp_path / "o", tmp_path / "s", ListSink()
         )
+
+
+def test_a_positive_of_a_lower_grade_is_no_negative_of_its_query(
+    store: Store, encoder_dir: Path, tmp_path: Path
+) -> None:
+    grades = pa.array([2 if g == 1 else g for g in store.judgments["grade"].to_pylist()], pa.int8())
+    at = store.judgments.schema.get_field_index("grade")
+    grades = grades.cast(store.judgments.schema.field(at).type)
+    lower = replace(store, judgments=store.judgments.set_column(at, "grade", grades))
+    config = FAST.model_copy(update={"steps": 1, "min_grade": 2})
+    # q-sofa's one negative is its grade 2; of q-lamp's two one is
+    negatives = {"q-sofa": ["acme-mug"], "q-lamp": ["acme-sofa", "zed-rug"], "q-rug": ["zed-sofa"]}
+    folders = (tmp_path / "out", tmp_path / "scratch")
+    numbers = train_on_hard_negatives(
+        str(encoder_dir), lower, negatives, config, *folders, ListSink()
+    )
+    assert numbers["pairs"] == 4, "both positives of q-lamp and of q-rug"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from models.sources import (
     load,
 )
 from models.sources.homedepot import grades, repair
+from models.split import SplitConfig
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -81,9 +83,20 @@ def test_home_depot_files(tmp_path: Path) -> None:
     assert store.judgments["grade"].to_pylist() == [4, 1, 3]
     raters = [row[0] for row in store.judgments["rater_grades"].to_pylist()]
     assert raters == pytest.approx([4.0, 1 + 0.33 * 1.5, 1 + 1.33 * 1.5])
-    # product 11 was shown for "chair", the long query and the unlabelled "hose"
-    assert store.products["sales"][1].as_py() == pytest.approx(1.3862943611)  # log(1 + 3)
+    # "chair" and the long query are held out; 11 was shown for "hose" too, 12 for "garden hose"
+    log_2 = pytest.approx(0.6931471806)
+    assert store.products["sales"].to_pylist() == [None, log_2, log_2]
     assert "proxy" in store.notes["quality"] and store.notes["rules"] == "homedepot"
+
+
+@pytest.mark.parametrize(("salt", "shown"), [("c", 3), ("b", 2), ("f", 2), ("a", 1)])
+def test_popularity_counts_no_query_that_is_held_out(tmp_path: Path, salt: str, shown: int) -> None:
+    split = SplitConfig(salt=salt)
+    held_out = [t for t in ("chair", "white outdoor metal angle bracket", "hose")
+                if split.holds_out(t)]  # fmt: skip
+    assert len(held_out) == 3 - shown
+    store = load(HomeDepotSource(), write_home_depot(tmp_path), split).store
+    assert store.product_by_id["11"].sales == pytest.approx(math.log1p(shown))
 
 
 def test_home_depot_optional_files(tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ def test_a_query_keeps_its_split_when_others_come_and_go() -> None:
     )
 
 
+def test_what_is_held_out_can_be_told_before_the_split() -> None:
+    config = SplitConfig(validation=0.1, test=0.3, salt="x")
+    queries = assign(make_queries(*(f"Query {i}" for i in range(300))), config)
+    for text, split in zip(queries["text"].to_pylist(), queries["split"].to_pylist(), strict=True):
+        assert config.holds_out(text.upper()) == (split != "train")
+
+
 def test_one_text_under_two_ids_falls_in_one_split() -> None:
     texts = [f"red shoe {i}" for i in range(200)]
     queries = make_queries(*texts, *(f"  RED   Shoe {i} " for i in range(200)))
