@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlparse
 
-import psutil
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,7 +34,7 @@ from models.errors import ArtifactError, ConfigError, explain
 from models.files import replace_text
 from tasks.blank import mlflow_database
 from tasks.faults import Patient, if_absent, patiently, probe, sqlite_file
-from tasks.processes import SAME_START_S
+from tasks.processes import start_of
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -558,6 +557,8 @@ class ArtifactStore:
         return len(dead)
 
     def _give_up(self, run: Run, why: str = DIED) -> None:
+        if self.client.get_run(run.info.run_id).info.status != "RUNNING":
+            return  # it ended after it was listed
         self.client.set_tag(run.info.run_id, f"{TAG}error", why)
         self.client.set_terminated(run.info.run_id, "KILLED")
 
@@ -575,16 +576,13 @@ class ArtifactStore:
 
 def this_process() -> str:
     """`<host> <pid> <start time>`: a pid alone is used again."""
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
+    return f"{socket.gethostname()} {os.getpid()} {start_of(os.getpid())}"
 
 
 def is_running(process: str) -> bool:
     """Whether a process of this machine, as `this_process` named it, still runs."""
-    _, pid, created = process.rsplit(" ", 2)
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(created)) < SAME_START_S
-    except psutil.NoSuchProcess:
-        return False
+    _, pid, start = process.rsplit(" ", 2)
+    return start_of(int(pid)) == start
 
 
 def describe(folder: Path) -> dict[str, dict[str, Json]]:

@@ -128,17 +128,14 @@ def settle_automations(url: str, file: Path, off: Collection[str]) -> list[str]:
         ServiceError: the server has not made one.
     """
     wanted = [trigger["name"] for entry in _entries(file) for trigger in entry.get("triggers", ())]
-    said = []
     with _client(url) as client:
         found = {automation.name: automation for automation in client.read_automations()}
-        if missing := sorted(set(wanted) - set(found)):
-            got = f"no automation {', '.join(missing)} on the server"
-            raise ServiceError(explain(got, "one a trigger", f"check the triggers in {file}"))
-        for name in wanted:
-            if name in off:
-                client.pause_automation(found[name].id)
-            said.append(f"{name}{', switched off' if name in off else ''}")
-    return said
+        for name in off & found.keys():
+            client.pause_automation(found[name].id)
+    if missing := sorted(set(wanted) - set(found)):
+        got = f"no automation {', '.join(missing)} on the server"
+        raise ServiceError(explain(got, "one a trigger", f"check the triggers in {file}"))
+    return [f"{name}{', switched off' if name in off else ''}" for name in wanted]
 
 
 @dataclass(frozen=True)

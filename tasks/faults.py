@@ -220,6 +220,15 @@ def if_absent(create: Callable[[], object]) -> None:
             raise
 
 
+def if_present(remove: Callable[[], object]) -> None:
+    """Call `remove`; what is gone already is fine: an answer was lost, or another was quicker."""
+    try:
+        remove()
+    except Exception as error:
+        if _code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
 def place_of(current: Settings) -> str:
     """The tracking store as a person finds it: a file, or an address without its password."""
     return str(sqlite_file(current.tracking_uri) or masked(current.tracking_uri))

@@ -29,6 +29,7 @@ MARK = "RELEARN_SERVICES"
 LOOPBACK = "127.0.0.1"
 SAME_START_S = 1.0
 """Two readings of one process's start time differ by less (the kernel counts in 10 ms)."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 GRACE_S = 20.0
 """From SIGTERM to SIGKILL: long enough for a flow run to record that it was ended."""
 POLL_S = 0.2
@@ -47,6 +48,8 @@ class Record(BaseModel):
     """Start time in seconds since the epoch, as the system reports it."""
     log: Path
     port: int | None = None
+    start: str = ""
+    """`start_of` it; "" in a record that knows `created` alone."""
 
 
 class StateFile:
@@ -103,7 +106,30 @@ def start(
         created=psutil.Process(child.pid).create_time(),
         log=log,
         port=port,
+        start=start_of(child.pid) or "",
     )
+
+
+def start_of(pid: int) -> str | None:
+    """When a process began, in a form that tells it from another one of its pid; None: it is gone.
+
+    Counted from the start of the machine where the system says so: the time of day that psutil
+    gives moves with every step of the clock.
+    """
+    import psutil
+
+    if BOOT_ID.is_file():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # the name, in brackets, may hold blanks; the 20th field behind it are ticks since the boot
+        ticks = fields.rpartition(")")[2].split()[19]
+        return f"{BOOT_ID.read_text(encoding='ascii').strip()[:8]}-{ticks}"
+    try:
+        return f"{psutil.Process(pid).create_time():.2f}"
+    except psutil.NoSuchProcess:
+        return None
 
 
 def alive(record: Record) -> bool:
@@ -126,7 +152,10 @@ def _process(record: Record) -> Any:
 
     try:
         found = psutil.Process(record.pid)
-        same = abs(found.create_time() - record.created) < SAME_START_S
+        if record.start:
+            same = start_of(record.pid) == record.start
+        else:
+            same = abs(found.create_time() - record.created) < SAME_START_S
         return found if same and _runs(found) else None
     except psutil.Error:
         return None

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from models.errors import ArtifactError, explain
 from tasks.artifacts import DATA, SHORT, TAG, ArtifactRef, ArtifactStore
-from tasks.faults import if_absent
+from tasks.faults import if_absent, if_present
 from tasks.pyfuncs import servable, write_model
 from tasks.settings import settings
 from tasks.stage import metric_name
@@ -203,7 +203,7 @@ def _replace(
     for alias, number in _aliases(client, name).items():
         if number == str(stale.version):
             client.set_registered_model_alias(name, alias, version)
-    client.delete_model_version(name, str(stale.version))
+    if_present(lambda: client.delete_model_version(name, str(stale.version)))
 
 
 def _tags(metrics: Mapping[str, float] | None, tags: Mapping[str, str] | None) -> dict[str, str]:

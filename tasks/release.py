@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from models.errors import ArtifactError, ConfigError, RelearnError, StoreError, explain
+from models.errors import ArtifactError, ConfigError, StoreError, explain
 from tasks import registry
 from tasks.artifacts import TAG, ArtifactRef, ArtifactStore
 from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, overall, read_table
@@ -431,7 +431,7 @@ def _finish_pending(
             _carry_out(store_name, move, artifacts, publishers)
         except StoreError:
             raise  # neither carried out nor taken back: the next run does it
-        except RelearnError as error:
+        except Exception as error:
             log.warning("it cannot be carried out: %s", error)
         else:
             done.append(move)
@@ -455,7 +455,7 @@ def _carry_out(
             _take_back(store_name, move, artifacts, publishers)
         except StoreError:
             raise  # it stays RUNNING: the next run does it
-        except RelearnError as problem:
+        except Exception as problem:
             log.error(
                 "nor can it be taken back (%s): judge, embedder and index may be of two sets; "
                 "look at relearn versions, then relearn promote or relearn rollback --to V",

@@ -8,10 +8,11 @@ server shows it. So neither a slow nor a stopped server can hold up a stage.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tasks import processes
 from tasks.artifacts import ArtifactStore
 from tasks.processes import LOOPBACK, Record, StateFile
 from tasks.settings import Settings
+from tasks.temporary import starting_lock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEPLOYMENTS = REPOSITORY / "infra" / "prefect.yaml"
@@ -36,6 +38,8 @@ WORKER_QUERY_S = "5"
 """Seconds between two looks of the worker for runs that are due."""
 
 Say = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,8 +175,12 @@ def up(
         servers = server_services(current, prefect, mlflow)
         if WORKER in running:
             _refuse_another_address(running[WORKER], servers[0].env["PREFECT_API_URL"])
-        # MLflow makes or migrates its tables while it starts: no other process may meanwhile
-        with FileLock(ArtifactStore(current).lock_file("mlflow")):
+        # both make or migrate their tables while they start: no other process may meanwhile
+        prefect_home = Path(servers[0].env.get("PREFECT_HOME", current.home / "prefect"))
+        with (
+            FileLock(ArtifactStore(current).lock_file("mlflow")),
+            FileLock(starting_lock(prefect_home)),
+        ):
             for service in servers:
                 launch.start(service, say)
             for service in servers:
@@ -252,9 +260,21 @@ def use_running_servers(current: Settings) -> None:
     """
     records = {n: r for n, r in _state_file(current).read().items() if processes.alive(r)}
     if PREFECT in records and current.prefect_api_url is None:
-        os.environ.setdefault("PREFECT_API_URL", f"{url_of(records[PREFECT])}/api")
+        url = f"{url_of(records[PREFECT])}/api"
+        if os.environ.setdefault("PREFECT_API_URL", url) == url:
+            _wait_while_starting(records[PREFECT], f"{url}/health")
     if MLFLOW in records:
         os.environ.setdefault("RELEARN_MLFLOW_UI", url_of(records[MLFLOW]))
+
+
+def _wait_while_starting(record: Record, url: str) -> None:
+    """Wait for a server that was started a moment ago; one that stays silent is for its client to
+    report."""
+    if answers(url):
+        return
+    log.warning("waiting for the %s server of relearn up (pid %d)", record.name, record.pid)
+    with contextlib.suppress(ServiceError):
+        processes.wait_until(record, lambda: answers(url), START_TIMEOUT_S, f"answer at {url}")
 
 
 def url_of(record: Record) -> str:
@@ -277,7 +297,7 @@ def _state_file(current: Settings) -> StateFile:
     return StateFile(current.home / "services.json")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _exclusive(current: Settings) -> Iterator[None]:
     """One `up` or `down` of a home at a time."""
     path = current.home / "locks" / "services.lock"
@@ -332,7 +352,7 @@ class _Launch:
         self.file.write(self.records.values())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _all_or_nothing(current: Settings) -> Iterator[_Launch]:
     launch = _Launch(current)
     try:
@@ -401,8 +421,15 @@ def _register(launch: _Launch, env: Mapping[str, str], say: Say) -> None:
     url = env["PREFECT_API_URL"]
     ensure_pool(url)
     off, held = switched_off(url), held_back(url)
-    for line in deploy(DEPLOYMENTS, env, launch.home):
-        say(f"Deployment: {line}")
+    try:
+        for line in deploy(DEPLOYMENTS, env, launch.home):
+            say(f"Deployment: {line}")
+    except BaseException:
+        # what was registered until then is active, whatever a person had switched off
+        hold_back(url, held)
+        with contextlib.suppress(ServiceError):
+            settle_automations(url, DEPLOYMENTS, off)
+        raise
     for line in hold_back(url, held):
         say(f"Deployment: {line}, as before")
     for line in settle_automations(url, DEPLOYMENTS, off):

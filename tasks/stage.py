@@ -160,6 +160,8 @@ def _close(store: ArtifactStore, run_id: str, status: str, error: str = "") -> N
     if status == LEFT_OPEN:
         return
     try:
+        if store.client.get_run(run_id).info.status == "FINISHED":
+            return  # what interrupted it came after its commit: the artifact is whole
         if error:
             store.client.set_tag(run_id, f"{TAG}error", error)
         store.client.set_terminated(run_id, status)

@@ -78,6 +78,8 @@ class TemporaryServer:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **SERVER_ONLY},
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
+                # Ctrl-C is for the command alone, which still has its end to report
+                start_new_session=True,
             )
         self._answer: BaseException | None = None
         self._asking = threading.Thread(target=self._ask, daemon=True)
@@ -250,6 +252,12 @@ def main() -> None:
     server.run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
 
 
+def starting_lock(home: Path) -> Path:
+    """The file that a server of the database in `home` locks while it starts."""
+    home.mkdir(parents=True, exist_ok=True)
+    return home / "starting.lock"
+
+
 def _turn(home: Path, left: threading.Event) -> Callable[[], None] | None:
     """Wait for the turn to start on the database in `home`; returns what ends it.
 
@@ -257,8 +265,7 @@ def _turn(home: Path, left: threading.Event) -> Callable[[], None] | None:
     """
     from filelock import FileLock, Timeout
 
-    home.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(home / "starting.lock", thread_local=False)
+    lock = FileLock(starting_lock(home), thread_local=False)
     while not left.is_set():
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=1)

@@ -122,7 +122,8 @@ class PublishedIndex:
 
     def history(self) -> list[Publication]:
         """Every kept version that was served, the current one included; newest first."""
-        return [self._record(v) for v in sorted(self._kept(self._tags()), reverse=True)]
+        listed = sorted(self._kept(self._tags()), reverse=True)
+        return [found for v in listed if (found := self._if_kept(v)) is not None]
 
     def open(self, version: int | None = None) -> LanceIndex:
         """The served version (or a kept one), opened for searching.
@@ -420,12 +421,22 @@ class PublishedIndex:
                 explain(f"{what} for version {version}", "its record", "publish the index again")
             ) from None
 
+    def _if_kept(self, version: int) -> Publication | None:
+        """The record of a version that was listed; None when it has been removed since."""
+        try:
+            return self._record(version)
+        except ArtifactError:
+            if version in self._kept(self._tags()):
+                raise
+            return None
+
     def _known(self, version: int) -> Publication:
         kept = self._kept(self._tags())
-        if version not in kept:
-            have = ", ".join(map(str, sorted(kept))) or "none"
+        found = self._if_kept(version) if version in kept else None
+        if found is None:
+            have = ", ".join(map(str, sorted(kept.keys() - {version}))) or "none"
             raise ArtifactError(explain(f"version {version}", f"one of {have}", "choose one"))
-        return self._record(version)
+        return found
 
     def _nothing(self) -> ArtifactError:
         got = f"nothing published in {self.folder}"

@@ -96,6 +96,20 @@ def test_a_pid_used_again_is_not_ours() -> None:
     assert not processes.alive(mine.model_copy(update={"pid": 2**22 + 1}))
 
 
+def test_a_clock_that_is_set_changes_no_process() -> None:
+    me = psutil.Process()
+    start = processes.start_of(me.pid)
+    assert start is not None and start == processes.start_of(me.pid)
+    mine = Record(name="x", pid=me.pid, created=0.0, log=Path("x.log"), start=start)
+    assert processes.alive(mine)
+    assert not processes.alive(mine.model_copy(update={"start": f"{start}1"}))
+    child = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.DEVNULL)
+    assert processes.start_of(child.pid) not in (start, None)
+    child.kill()
+    child.wait()
+    assert processes.start_of(child.pid) is None
+
+
 def test_a_zombie_is_not_alive(home: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.DEVNULL)
     created = psutil.Process(child.pid).create_time()

@@ -428,6 +428,29 @@ def test_a_move_that_fails_both_ways_is_over_and_says_so(
     assert artifacts().search(running) == []
 
 
+def test_so_is_one_whose_publisher_refuses_both_ways(
+    two: tuple[Release, Release], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lock that another user owns, say: no error of ours."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("writer.lock")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(release, "PUBLISHERS", (refused,))
+        with pytest.raises(PermissionError):
+            crown(two[1])
+    assert "nor can it be taken back" in caplog.text
+    running = f"tags.`{release.MOVE}` = '{STORE}' and attributes.status = 'RUNNING'"
+    assert artifacts().search(running) == []
+    with broken("judge", Crash), pytest.raises(Crash):
+        crown(two[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(release, "PUBLISHERS", (refused,))
+        assert finish_pending(STORE, artifacts=artifacts()) == [], "a reader goes on"
+    assert artifacts().search(running) == []
+
+
 def test_a_reader_does_not_wait_for_a_move_that_is_under_way(
     two: tuple[Release, Release],
 ) -> None:

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +19,8 @@ from models.errors import ConfigError, ServiceError
 from tasks import processes, services
 from tasks.services import MLFLOW, PREFECT, WORKER, Service
 from tasks.settings import Settings, settings
+
+REGISTER = services._register
 
 SERVER = """
 import sys
@@ -302,6 +306,56 @@ def test_other_commands_use_the_running_servers(
     monkeypatch.setenv("PREFECT_API_URL", "http://mine/api")
     services.use_running_servers(stage.current)
     assert os.environ["PREFECT_API_URL"] == "http://mine/api"
+
+
+def test_a_server_that_is_starting_is_waited_for(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "x")
+    monkeypatch.delenv("PREFECT_API_URL")
+    monkeypatch.setenv("RELEARN_MLFLOW_UI", "x")
+    pids = stage.up()
+    answers, asked = [False, False, True], []
+
+    def slow(url: str) -> bool:
+        asked.append(url)
+        return answers.pop(0)
+
+    monkeypatch.setattr(services, "answers", slow)
+    services.use_running_servers(stage.current)
+    assert asked == [f"http://127.0.0.1:{stage.ports[0]}/api/health"] * 3
+    assert f"waiting for the prefect server of relearn up (pid {pids[0]})" in caplog.text
+
+
+def test_what_was_switched_off_stays_so_when_registering_fails(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each deployment that is registered is active, also where a later one is refused."""
+    from tasks import deployments
+
+    again: list[object] = []
+
+    def refused(*_: object) -> list[str]:
+        raise ServiceError("got a refused deployment")
+
+    def missing(url: str, file: Path, off: set[str]) -> list[str]:
+        again.append(off)
+        raise ServiceError("got no automation")
+
+    def hold_back(url: str, held: dict[str, str]) -> list[str]:
+        again.append(held)
+        return []
+
+    monkeypatch.setattr(deployments, "ensure_pool", lambda url: None)
+    monkeypatch.setattr(deployments, "switched_off", lambda url: {"drift"})
+    monkeypatch.setattr(deployments, "held_back", lambda url: {"retrain": "held"})
+    monkeypatch.setattr(deployments, "deploy", refused)
+    monkeypatch.setattr(deployments, "hold_back", hold_back)
+    monkeypatch.setattr(deployments, "settle_automations", missing)
+    launch: Any = SimpleNamespace(home=stage.current.home)
+    with pytest.raises(ServiceError, match="refused deployment"):
+        REGISTER(launch, address(1), stage.said.append)
+    assert again == [{"retrain": "held"}, {"drift"}]
 
 
 def test_no_secret_is_in_a_command_line_and_every_server_is_on_loopback(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -294,9 +295,9 @@ def test_kill_9_is_never_served_and_goes_on_from_its_checkpoint(
 
 def test_runs_of_dead_processes_are_closed_and_no_others(current: Settings) -> None:
     store = ArtifactStore(current)
-    host, pid, created = this_process().rsplit(" ", 2)
+    host, pid, start = this_process().rsplit(" ", 2)
     owners = {
-        "dead": f"{host} {pid} {float(created) - 60:.2f}",  # the pid is another process's by now
+        "dead": f"{host} {pid} {start}1",  # the pid is another process's by now
         "alive": this_process(),
         "elsewhere": f"elsewhere {pid} 1.00",
     }
@@ -312,6 +313,37 @@ def test_runs_of_dead_processes_are_closed_and_no_others(current: Settings) -> N
     found = {name: store.client.get_run(run_id).info.status for name, run_id in ids.items()}
     assert found.pop("dead") == "KILLED"
     assert set(found.values()) == {"RUNNING"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_interrupts_after_the_commit_takes_nothing_back(
+    current: Settings, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """Ctrl-C while gigabytes of checkpoints are removed: the artifact is whole."""
+    remove = shutil.rmtree
+    hit: list[Path] = []
+
+    def interrupted(path: Path, *args: object, **kw: object) -> None:
+        if Path(path).parent.name == "scratch" and not hit:
+            hit.append(Path(path))
+            raise error
+        remove(path, ignore_errors=True)
+
+    monkeypatch.setattr("tasks.stage.shutil.rmtree", interrupted)
+    with pytest.raises(error):
+        source.make(config=Config())
+    assert hit
+    ref = source.make(config=Config())
+    assert calls == ["source"]
+    assert ArtifactStore(current).client.get_run(ref.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_ended_after_it_was_listed_is_left_alone(current: Settings) -> None:
+    store = ArtifactStore(current)
+    listed = store.client.create_run(store.experiment_id)
+    store.client.set_terminated(listed.info.run_id, "FINISHED")
+    store._give_up(listed)
+    assert store.client.get_run(listed.info.run_id).info.status == "FINISHED"
 
 
 def test_what_a_kill_after_the_commit_left_is_removed(current: Settings) -> None:

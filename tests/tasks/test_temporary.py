@@ -118,6 +118,7 @@ def test_the_server_of_a_killed_command_ends_by_itself(tmp_path: Path) -> None:
     assert child.stdout is not None
     pid = int(child.stdout.readline())
     assert psutil.pid_exists(pid)
+    assert os.getpgid(pid) != os.getpgid(child.pid), "Ctrl-C reaches the command alone"
     child.kill()
     child.wait()
     assert gone(pid)

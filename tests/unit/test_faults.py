@@ -23,6 +23,7 @@ from tasks.faults import (
     classify,
     databases_ready,
     if_absent,
+    if_present,
     patiently,
     told,
 )
@@ -186,6 +187,12 @@ def test_what_is_there_already_is_no_error() -> None:
     if_absent(failing(1, Coded("there", "RESOURCE_ALREADY_EXISTS")))
     with pytest.raises(Coded):
         if_absent(failing(1, Coded("no", "PERMISSION_DENIED")))
+
+
+def test_what_is_gone_already_is_no_error() -> None:
+    if_present(failing(1, Coded("gone", "RESOURCE_DOES_NOT_EXIST")))
+    with pytest.raises(Coded):
+        if_present(failing(1, Coded("no", "PERMISSION_DENIED")))
 
 
 @pytest.mark.parametrize("name", ["mlflow.db", str(PREFECT_DB)])

@@ -369,6 +369,25 @@ def test_tags_that_change_while_they_are_listed_are_listed_again(
         table.current()
 
 
+def test_a_version_removed_while_they_are_listed_is_no_history(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = publish_all(tmp_path, sources, "abc")
+    oldest = table.history()[-1].version
+    listed = table._tags()
+    later = {name: held for name, held in listed.items() if name != f"v{oldest}"}
+    table._path(oldest).unlink()
+    with pytest.raises(ArtifactError, match=f"for version {oldest}"):
+        table.history()  # it is kept still: its record is lost
+    answers: list[dict[str, int]] = []
+    monkeypatch.setattr(table, "_tags", lambda: answers.pop(0) if answers else later)
+    answers.append(listed)
+    assert [p.version for p in table.history()] == sorted(table._kept(later), reverse=True)
+    answers.append(listed)
+    with pytest.raises(ArtifactError, match=f"got version {oldest}; expected one of"):
+        table.open(oldest)
+
+
 def test_a_reader_sees_one_version_whole(tmp_path: Path, sources: Path) -> None:
     table = publish_all(tmp_path, sources, "a")
     held, done, seen, wrong = table.open(), threading.Event(), [], []
