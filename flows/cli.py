@@ -96,7 +96,7 @@ def run(
         from flows.pipeline import run_pipeline
 
         result = run_pipeline(config)
-    _show_result(result, time.monotonic() - began_s, loading.seconds)
+    _show_result(result, time.monotonic() - began_s, loading.seconds, home)
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def _served(server: temporary.TemporaryServer | None) -> Iterator[temporary.Load
         yield loading
 
 
-def _show_result(result: Any, seconds: float, loading_s: float) -> None:
+def _show_result(result: Any, seconds: float, loading_s: float, home: Path | None) -> None:
     from flows.tables import judge_table, registry_table, retrieval_table, spent, stage_table
     from tasks.artifacts import ArtifactStore
     from tasks.evaluate import JUDGE_TABLE, RETRIEVAL_TABLE, read_table
@@ -131,13 +131,16 @@ def _show_result(result: Any, seconds: float, loading_s: float) -> None:
     console.print(registry_table(result.registered))
     _show_decision(result.release)
     made = sum(not r.cached for r in result.reports)
+    name = result.release.store_name
+    where = "" if name == "synthetic" else f" --store {name}"
+    where += "" if home is None else f" --home {home}"
     parts = spent(result.reports, seconds, sum(result.release.seconds.values()), loading_s)
     console.print(
         f"{len(result.reports)} stages, {made} made, {len(result.reports) - made} cached, "
         f"{seconds:.0f} s in all: {parts}.\n"
         f"{_pages()}"
-        "Try:     relearn judge 'red couch' 'Blue leather sofa' --why   |   "
-        "relearn search 'red couch'",
+        f"Try:     relearn judge 'red couch' 'Blue leather sofa' --why{where}   |   "
+        f"relearn search 'red couch'{where}",
         highlight=False,
         soft_wrap=True,
     )
@@ -347,7 +350,7 @@ def search(
         price = "" if product.price is None else price_text(product.price)
         cells = [str(rank), product.product_id, product.title, product.brand, price]
         table.add_row(*map(escape, cells), f"{hit.score:.3f}", str(row["grade"]), str(row["tier"]))
-    console.print(table)
+    console.print(table if hits else "no product passes these filters; a brand is matched exactly")
 
 
 @app.command()
@@ -388,14 +391,30 @@ def evaluate(
     ),
     store: StoreName = "synthetic",
     max_pairs: Annotated[int, typer.Option(min=1, help="Pairs scored, drawn at random.")] = 1000,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="As in `relearn run`, e.g. --set data.source.grade_offset=1."),
+    ] = None,
     home: Home = None,
 ) -> None:
-    """Measure the champion judge on any labelled tables (all their judgments, no split)."""
+    """Measure the champion judge on any labelled tables (all their judgments, no split).
+
+    Faulty rows are set aside with a reason, under the ceiling of `relearn run`
+    (data.quality.max_quarantine).
+    """
     prepare(home, data)
+    from flows.recipes import STORES, recipe
     from flows.serving import Champion, evaluate_champion
     from flows.tables import judge_table
 
-    console.print(judge_table(evaluate_champion(Champion.open(store), kind, data, max_pairs)))
+    if kind not in STORES[1:]:
+        got, known = f"--kind {kind}", ", ".join(STORES[1:])
+        raise ConfigError(explain(got, f"one of {known}", "name the format of the files"))
+    config = recipe("small", kind, changes or []).data
+    rows, refused = evaluate_champion(Champion.open(store), config, data, max_pairs)
+    if refused:
+        say(f"Set aside: {refused}")
+    console.print(judge_table(rows, f"Champion judge on all pairs of {data}"))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -26,7 +27,12 @@ Home = Annotated[
     typer.Option("--home", help="Folder for everything relearn writes. [default: .relearn]"),
 ]
 StoreName = Annotated[
-    str, typer.Option("--store", help="Store name, as given to `relearn run`.", show_default=True)
+    str,
+    typer.Option(
+        "--store",
+        help="Name of the store: as given to `relearn run`; of the smoke recipe, STORE-smoke.",
+        show_default=True,
+    ),
 ]
 
 
@@ -39,10 +45,23 @@ class Terminated(SystemExit):
     """SIGTERM, as an exception: what is open is closed on the way out."""
 
 
+class NoTraceback(logging.Filter):
+    """Of a user's mistake Prefect logs the message, not the way there: it is said once more, in a
+    line, at the end."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep every record."""
+        if record.exc_info and isinstance(record.exc_info[1], RelearnError):
+            record.exc_info = None
+        return True
+
+
 def guarded(body: Callable[[], object]) -> None:
     """Call `body`; a user's mistake, a fault or SIGTERM is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _dropped
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(NoTraceback())
     try:
         body()
     except Terminated:

@@ -14,7 +14,6 @@ from prefect import flow, task
 from flows.data import prepare_data
 from flows.recipes import PipelineConfig
 from flows.scheduled import RUN_NAME, Chain, artifacts_of, data_folder
-from models.errors import ArtifactError, explain
 from models.evaluation.monitor import Report
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.monitor import (
@@ -27,7 +26,7 @@ from tasks.monitor import (
     show,
     trained_on,
 )
-from tasks.registry import CHAMPION
+from tasks.registry import CHAMPION, nothing_of
 from tasks.release import Release, finish_pending, release_of
 from tasks.settings import prepare_environment, settings
 from tasks.stage import MlflowSink, pipeline
@@ -68,8 +67,7 @@ def watch(chain: Chain, now: datetime, past: bool = False) -> MonitorResult:
     finish_pending(config.name, artifacts=artifacts)
     champions = release_of(config.name, CHAMPION, artifacts=artifacts)
     if champions is None:
-        got = f"no champions of {config.name}"
-        raise ArtifactError(explain(got, "some", "run the deployment retrain/retrain first"))
+        raise nothing_of(config.name, "champion", store=artifacts)
     with data_folder(chain), pipeline(f"monitor {config.name}", config.name) as current:
         today = prepare_data(config.data)
         report = _measure(config, today, champions, now, past, artifacts)

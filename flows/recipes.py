@@ -374,23 +374,39 @@ def with_settings(config: PipelineConfig, changes: Sequence[str]) -> PipelineCon
             node = node[part] if isinstance(node, dict) and part in node else None
         if not isinstance(node, dict) or leaf not in node:
             raise ConfigError(explain(f"--set key {key!r}", _nearest(body, path), "fix the key"))
-        node[leaf] = _value(value)
+        node[leaf] = _value(key, value)
     try:
         return PipelineConfig.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        # a part in brackets is pydantic's name for a type that was tried
-        where = ".".join(str(p) for p in first["loc"] if "[" not in str(p))
+        where = _place(body, first["loc"])
         raise ConfigError(
             explain(f"{where} = {first['input']!r}", first["msg"].lower(), "change --set")
         ) from None
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return json.loads(text, strict=False)
+    except json.JSONDecodeError as error:
+        if text.lstrip()[:1] in ("{", "["):
+            got = f"--set {key.strip()}={text}, which is no JSON ({error})"
+            raise ConfigError(
+                explain(got, "JSON", "put names and texts in double quotes")
+            ) from None
         return text
+
+
+def _place(body: Any, loc: Sequence[Any]) -> str:
+    """The key of a setting from pydantic's place, which names the variant of a union as well."""
+    node, parts = body, []
+    for at, part in enumerate(loc):
+        last = at == len(loc) - 1
+        if "[" in str(part) or (isinstance(node, dict) and part not in node and not last):
+            continue
+        parts.append(str(part))
+        node = node.get(part) if isinstance(node, dict) else None
+    return ".".join(parts)
 
 
 def _nearest(body: Any, path: Sequence[str]) -> str:

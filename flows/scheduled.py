@@ -34,7 +34,7 @@ from tasks.evaluate import (
 )
 from tasks.gate import index_config
 from tasks.judge import judge_answers
-from tasks.registry import Registered, champion
+from tasks.registry import Registered, champion, nothing_of
 from tasks.release import finish_pending, model_name
 from tasks.settings import prepare_environment, settings
 from tasks.stage import pipeline
@@ -146,8 +146,7 @@ def _champions(name: str, *roles: str) -> list[Registered]:
     for role in roles:
         found = champion(model_name(name, role), store=artifacts)
         if found is None:
-            got = f"no champion of {model_name(name, role)}"
-            raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
+            raise nothing_of(name, f"champion {role}", store=artifacts)
         champions.append(found)
     return champions
 

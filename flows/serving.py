@@ -6,20 +6,23 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.errors import ArtifactError, ConfigError, DataContractError, explain
+from models.errors import ConfigError, DataContractError, explain
 from models.index.filters import Filters
 from models.index.search import MODES, search
 from models.judge.graded import grade_pairs, load_graded, pair_of
 from models.types import GRADES, Product, Query
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.publish import open_published
-from tasks.registry import champion
+from tasks.registry import champion, nothing_of
 from tasks.release import finish_pending, model_name
 from tasks.settings import settings
+
+if TYPE_CHECKING:
+    from flows.recipes import DataConfig
 
 NO_FILTERS = Filters()
 
@@ -28,8 +31,7 @@ def _champion_ref(artifacts: ArtifactStore, store_name: str, role: str) -> Artif
     name = model_name(store_name, role)
     found = champion(name, store=artifacts)
     if found is None:
-        got = f"no champion of {name} under {artifacts.settings.home}"
-        raise ArtifactError(explain(got, "a registered champion", "relearn run --store ... first"))
+        raise nothing_of(store_name, "champion", store=artifacts)
     return found.ref
 
 
@@ -184,22 +186,29 @@ def score_table(judge: Champion, source: Path, out: Path) -> int:
 
 
 def evaluate_champion(
-    judge: Champion, kind: str, data: Path, max_pairs: int
-) -> list[dict[str, Any]]:
-    """Champion rows (argmax and CumPT) on the labelled pairs of any store in a known format."""
-    from pydantic import TypeAdapter, ValidationError
+    judge: Champion, config: DataConfig, data: Path, max_pairs: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Champion rows (argmax and CumPT) on the labelled pairs of any store in a known format, and
+    what was refused of it (`cleaning.refusals`).
 
+    Raises:
+        DataContractError: no pairs, or more rows of a table were refused than the gate allows.
+    """
     from models.evaluation.judge import grade_metrics, probability_metrics
-    from models.sources import SourceConfig, load
+    from models.sources import load
+    from models.sources.cleaning import refusals
+    from tasks.quality import CEILING, tables_over_ceiling
 
-    try:
-        source = TypeAdapter(SourceConfig).validate_python({"kind": kind})
-    except ValidationError:
-        raise ConfigError(explain(f"--kind {kind}", "a known format", "see --help")) from None
-    loaded = load(source, data)
-    pairs = loaded.store.pairs()
-    if not pairs:
-        raise DataContractError(explain("no judgments", "labelled pairs", "add judgments"))
+    loaded = load(config.source, data, config.split)
+    pairs, refused = loaded.store.pairs(), refusals(loaded.quarantine)
+    over = tables_over_ceiling(loaded.store, loaded.quarantine, config.quality)
+    if over or not pairs:
+        got = f"{len(pairs)} labelled pairs in {data}"
+        got += f"; rows were refused: {refused}" if refused else ""
+        expected = (
+            f"pairs, and at most {config.quality.max_quarantine:.0%} of a table's rows refused"
+        )
+        raise DataContractError(explain(got, expected, CEILING))
     if len(pairs) > max_pairs:
         pairs = random.Random(0).sample(pairs, max_pairs)
     gold_N = np.array([p.grade for p in pairs])
@@ -210,4 +219,4 @@ def evaluate_champion(
     return [
         {"judge": "champion", **head, **grade_metrics(gold_N, argmax), **numbers},
         {"judge": "champion + CumPT", **head, **grade_metrics(gold_N, cumpt)},
-    ]
+    ], refused

@@ -45,9 +45,11 @@ RETRIEVAL_COLUMNS = {
 }
 
 
-def judge_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def judge_table(
+    rows: Sequence[Mapping[str, Any]], title: str = "Judge on held-out queries"
+) -> Table:
     """Judges by row; segments follow the overall block."""
-    return _table("Judge on held-out queries", "judge", JUDGE_COLUMNS, rows)
+    return _table(title, "judge", JUDGE_COLUMNS, rows)
 
 
 def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> Table:

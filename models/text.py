@@ -63,6 +63,20 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+CATEGORY_SEPARATOR = " > "
+"""Between the parts of a category path."""
+
+
+def category_path(text: str) -> str:
+    """A category path with its separators as they are stored and asked for.
+
+    >>> category_path("Home>Sofas"), category_path(" Home  >  > Sofas > "), category_path("Sofas")
+    ('Home > Sofas', 'Home > Sofas', 'Sofas')
+    """
+    parts = (part.strip() for part in composed(text).split(CATEGORY_SEPARATOR.strip()))
+    return CATEGORY_SEPARATOR.join(filter(None, parts))
+
+
 def plain_line(text: str) -> str:
     """`text` on one line, without chat models' control tokens and invisible characters.
 

@@ -535,11 +535,16 @@ class ArtifactStore:
         now = identity.as_json()
         found = [
             differences(now, manifest)
-            for manifest in map(self.manifest, self.search(condition))
-            if manifest is not None
+            for run in self.search(condition)
+            if (manifest := self.manifest(run)) is not None and not self._beside(run)
         ]
         nearest = min(filter(None, found), key=len, default=["first time"])
         return "; ".join(nearest)
+
+    def _beside(self, run: Run) -> bool:
+        """Whether it belongs to the pipeline run that asks: nothing changed between the two."""
+        parent = run.data.tags.get("mlflow.parentRunId")
+        return parent is not None and parent == self.settings.pipeline_run
 
     def settle_dead(self) -> int:
         """Mark the runs of processes that died on this machine KILLED; returns how many.

@@ -33,6 +33,7 @@ def ingest(
     from dataclasses import replace
 
     from models.sources import digest, load
+    from models.sources.cleaning import refusals
     from models.split import assign
 
     loaded = load(source, ctx.settings.data_dir, split)
@@ -41,7 +42,13 @@ def ingest(
         do = "let the export move finished files into place, then run again"
         raise DataContractError(explain(got, "files at rest", do))
     judged = set(loaded.store.judgments["query_id"].to_pylist())
-    queries = assign(loaded.store.queries, split, judged)
+    try:
+        queries = assign(loaded.store.queries, split, judged)
+    except DataContractError as error:
+        if not loaded.quarantine.num_rows:
+            raise
+        why = f"{error}. Rows were refused: {refusals(loaded.quarantine)}"
+        raise DataContractError(why) from None
     store = replace(loaded.store, queries=queries)
     store.write(ctx.out / "store")
     pq.write_table(loaded.quarantine, ctx.out / QUARANTINE_FILE)

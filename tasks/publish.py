@@ -22,6 +22,7 @@ from models.types import MetricSink
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.base import stored_weights
 from tasks.lineage import find_artifact
+from tasks.registry import nothing_of
 from tasks.settings import settings
 
 if TYPE_CHECKING:
@@ -254,5 +255,4 @@ def _lazy_encoder(artifacts: ArtifactStore, label: str) -> Callable[[Sequence[st
 
 
 def _nothing(store_name: str, artifacts: ArtifactStore) -> ArtifactError:
-    got = f"no published index of {store_name} under {artifacts.settings.home}"
-    return ArtifactError(explain(got, "a published index", "run `relearn run --store ...` first"))
+    return nothing_of(store_name, "published index", store=artifacts)

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CEILING = (
+    "repair these rows at the source, or raise data.quality.max_quarantine; grades that begin at 0 "
+    "are read with --set data.source.grade_offset=1"
+)
 _EXAMPLES = 3
 _LOOKED_AT = 20
 """Offending values asked for; the first _EXAMPLES distinct ones are shown."""
@@ -229,15 +233,20 @@ def _too_common(judgments: pa.Table, config: QualityConfig) -> pd.Series:
     return ("grade " + grades.astype(str)).astype(object).where(share > config.max_one_grade, None)
 
 
+def tables_over_ceiling(store: Store, quarantine: pa.Table, config: QualityConfig) -> list[str]:
+    """Tables that lost more rows than the ceiling."""
+    refused = quarantine["table"].to_pandas().value_counts()
+    return [
+        str(name)
+        for name, count in refused.items()
+        if count > config.max_quarantine * (count + len(getattr(store, str(name))))
+    ]
+
+
 def _over_ceiling(store: Store, quarantine: pa.Table, config: QualityConfig) -> pd.DataFrame:
     """The quarantine, with the rows of tables that lost more than the ceiling in `over_ceiling`."""
     frame = quarantine.to_pandas()
-    refused = frame["table"].value_counts()
-    over = [
-        name
-        for name, count in refused.items()
-        if count > config.max_quarantine * (count + len(getattr(store, name)))
-    ]
+    over = tables_over_ceiling(store, quarantine, config)
     told = (frame["table"] + " " + frame["reason"] + " " + frame["row"]).astype(object)
     return frame.assign(over_ceiling=told.where(frame["table"].isin(over), None))
 
@@ -412,8 +421,7 @@ def _interactions_suite(config: QualityConfig) -> list[Expectation]:
 
 def _quarantine_suite(config: QualityConfig) -> list[Expectation]:
     name = f"at most {config.max_quarantine:.0%} of a table's rows refused"
-    do = "repair these rows at the source (quarantine.parquet lists them all) or raise the ceiling"
-    return [_none("over_ceiling", name, do)]
+    return [_none("over_ceiling", name, f"{CEILING}; quarantine.parquet lists all rows")]
 
 
 # ---------------------------------------------------------------- Great Expectations

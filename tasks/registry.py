@@ -244,3 +244,15 @@ def _registered(version: ModelVersion, aliases: Iterable[str]) -> Registered:
         tags={k: v for k, v in tags.items() if not k.startswith((METRIC_TAG, TAG))},
         aliases=tuple(sorted(aliases)),
     )
+
+
+def nothing_of(store_name: str, what: str, *, store: ArtifactStore) -> ArtifactError:
+    """That a store has no `what`, and which other stores there are."""
+    models = store.client.search_registered_models(max_results=1000)
+    index = "-index"  # every store has one, of this name
+    names = {m.name.removesuffix(index) for m in models if m.name.endswith(index)} - {store_name}
+    got = f"no {what} of {store_name} under {store.settings.home}"
+    if not names:
+        return ArtifactError(explain(got, f"a {what}", "relearn run --store ... first"))
+    expected = f"a store that has one (there are {', '.join(sorted(names))})"
+    return ArtifactError(explain(got, expected, "name it with --store, or relearn run yours first"))

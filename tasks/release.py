@@ -214,8 +214,7 @@ def candidates(store_name: str, *, artifacts: ArtifactStore) -> Release:
     """
     found = release_of(store_name, CANDIDATE, artifacts=artifacts)
     if found is None:
-        got = f"no candidates of {store_name} under {artifacts.settings.home}"
-        raise ArtifactError(explain(got, "a registered candidate", "relearn run --store ... first"))
+        raise registry.nothing_of(store_name, "candidate", store=artifacts)
     return found
 
 
@@ -324,8 +323,7 @@ def rollback(
         _finish_pending(store_name, artifacts, publishers)
         now = release_of(store_name, CHAMPION, artifacts=artifacts)
         if now is None:
-            got = f"no champion of {store_name} under {artifacts.settings.home}"
-            raise ArtifactError(explain(got, "a champion to roll back", "relearn run first"))
+            raise registry.nothing_of(store_name, "champion", store=artifacts)
         moves = history(store_name, artifacts=artifacts)
         past = _past(store_name, moves, artifacts)
         target = _chosen(past, to, now) if to else _previous(past, moves, now)
@@ -607,8 +605,7 @@ def version_rows(store_name: str, *, artifacts: ArtifactStore) -> list[dict[str,
     """
     every = {r: registry.versions(model_name(store_name, r), store=artifacts) for r in ROLES}
     if not any(every.values()):
-        got = f"no versions of {store_name} under {artifacts.settings.home}"
-        raise ArtifactError(explain(got, "a registered model", "relearn run --store ... first"))
+        raise registry.nothing_of(store_name, "version", store=artifacts)
     by_label = {v.ref.label: (role, v) for role in ROLES for v in every[role]}
     flags: dict[str, str] = {}
     rows = []

@@ -11,10 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from models.errors import ConfigError, explain
-from models.text import composed
-
-SEPARATOR = " > "
-"""Between the parts of a category path (models/schemas.py)."""
+from models.text import CATEGORY_SEPARATOR, category_path, composed
 
 
 def quoted(value: str) -> str:
@@ -61,7 +58,7 @@ class Filters:
         if self.brand:
             clauses.append(f"brand = {quoted(composed(self.brand))}")
         if self.category:
-            clauses.append(_under(composed(self.category)))
+            clauses.append(_under(self.category))
         low, high = _price(self.min_price), _price(self.max_price)
         if low is not None and high is not None and low > high:
             got = f"prices from {low:g} to {high:g}"
@@ -79,8 +76,8 @@ def _price(value: float | None) -> float | None:
 
 def _under(category: str) -> str:
     """The category itself, or any path below it: all that sorts between "A > " and "A >!"."""
-    path = SEPARATOR.join(part.strip() for part in category.split(SEPARATOR.strip()))
-    below = path + SEPARATOR
+    path = category_path(category)
+    below = path + CATEGORY_SEPARATOR
     after = below[:-1] + chr(ord(below[-1]) + 1)
     return (
         f"(category = {quoted(path)} OR "

@@ -34,6 +34,7 @@ from models.index.published import Publication, PublishedIndex
 from models.index.recall import check
 from models.index.reuse import Known, known_of, vectors_of
 from models.index.rows import Encode, batches, columns, record_batch, shortened
+from models.sources.cleaning import refusals
 from models.sources.delta import Delta
 from models.types import MetricSink, Product
 
@@ -96,6 +97,9 @@ def refresh(
         if not isinstance(delta, Delta):
             delta = delta(base)
         counts = RefreshCounts(refused=delta.quarantine.num_rows)
+        if counts.refused:
+            said = refusals(delta.quarantine)
+            log.warning("rows are refused, what is served of them stays: %s", said)
         work = f"refresh {delta.digest} over {base.version}"
         made = published.finished(work)
         if made is None:

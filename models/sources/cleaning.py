@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ import pyarrow.compute as pc
 
 from models.errors import DataContractError, explain
 from models.schemas import EVENTS, MAX_TEXT, QUARANTINE, TABLES
-from models.text import composed
+from models.text import category_path, composed
 from models.types import GRADES, SEGMENTS, Category
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 Faults = list[tuple[str, np.ndarray]]
 """(reason, [rows] bool), the first that holds wins."""
 
+DATES = ("updated_at", "timestamp")
+"""Columns that date a row, of any table; the first one that a table has counts (`dates.py`)."""
 _MAX_CELL = 200
 """Characters of a text kept in the quarantine's JSON; the length is noted beside it."""
 _NAN_WORDS = ("", "nan", "NaN", "NAN")
@@ -48,19 +52,22 @@ def clean(tables: Mapping[str, pa.Table | pd.DataFrame]) -> tuple[dict[str, pa.T
     """Part good rows from bad.
 
     tables: products, queries, judgments, and optionally interactions; columns beyond the contract
-    are dropped, missing optional ones become null, `queries.split` is always null.
+    are dropped with a warning, missing optional ones become null, `queries.split` is always null.
 
     Returns:
         ({name: table in TABLES[name]}, quarantine in QUARANTINE).
 
     Raises:
-        DataContractError: a table or a required column is missing.
+        DataContractError: a table or a required column is missing, or a column's name differs from
+            a missing optional one's in case, blanks or underscores alone.
     """
     out: dict[str, pa.Table] = {}
     refused: list[pa.Table] = []
     for name, schema in TABLES.items():
         raw = _arrow(name, tables.get(name))
         table, faults = _conform(raw, schema)
+        if name == "products":
+            table = _with_paths(table)
         faults += _CHECKS[name](table, out)
         reasons = _first_reason(faults, len(table))
         keep = pd.isna(reasons)
@@ -83,10 +90,39 @@ def _arrow(name: str, raw: pa.Table | pd.DataFrame | None) -> pa.Table:
         raise DataContractError(
             explain(f"no column {', '.join(missing)} in {name}", required, "add the column")
         )
+    check_names(name, present, TABLES[name].names)
     if isinstance(raw, pa.Table):
-        return raw
+        return _plain(raw)
     names = [n for n in TABLES[name].names if n in present]
     return pa.table({n: _array(raw[n]) for n in names})
+
+
+def check_names(table: str, present: Sequence[str], known: Sequence[str]) -> None:
+    """Warn of columns that nothing reads.
+
+    Raises:
+        DataContractError: one that is a known, missing column but for case, blanks and underscores.
+    """
+    unread = [name for name in present if name not in known and name not in DATES]
+    missing = {_bare(name): name for name in known if name not in present}
+    for name in unread:
+        if _bare(name) in missing:
+            meant = missing[_bare(name)]
+            got = f"a column {name!r} in {table}"
+            raise DataContractError(explain(got, repr(meant), f"rename it to {meant}"))
+    if unread:
+        log.warning("%s: nothing reads the columns %s", table, ", ".join(map(str, unread)))
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[\s_-]", "", str(name)).lower()
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """View types as plain ones: most of pyarrow's functions know no views."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    fields = [f.with_type(plain.get(f.type, f.type)) for f in table.schema]
+    return table.cast(pa.schema(fields)) if fields != list(table.schema) else table
 
 
 def _array(column: pd.Series) -> pa.Array:
@@ -115,6 +151,13 @@ def _conform(raw: pa.Table, schema: pa.Schema) -> tuple[pa.Table, Faults]:
         if bad.any():
             faults.append((_BAD_CELL.get(field.name, f"bad_{field.name}"), bad))
     return pa.table(columns), faults
+
+
+def _with_paths(products: pa.Table) -> pa.Table:
+    """Categories as paths of one spelling, however their separators were spaced."""
+    at = products.schema.get_field_index("category")
+    written = [c and category_path(c) for c in products["category"].to_pylist()]
+    return products.set_column(at, "category", pa.array(written, pa.string()))
 
 
 _BAD_CELL = {"grade": "unknown_grade"}
@@ -186,7 +229,7 @@ def _number(column: pa.Array, kind: pa.DataType) -> Converted:
 
 def _time(column: pa.Array, kind: pa.DataType) -> Converted:
     """A moment (UTC, microseconds); text is parsed as ISO 8601."""
-    if pa.types.is_temporal(column.type):
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
         return column.cast(kind, safe=False), np.zeros(len(column), bool)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return pa.nulls(len(column), kind), _mask(pc.is_valid(column))
@@ -221,13 +264,27 @@ def _cell(value: Any, kind: pa.DataType) -> Any:
     try:
         if isinstance(value, str):
             value = json.loads(value)
+        if value is None:
+            return None
         if pa.types.is_map(kind):
-            items = value.items() if isinstance(value, Mapping) else value
+            items = value.items() if isinstance(value, Mapping) else map(_pair, value)
             value = [(str(k), str(v)) for k, v in items if v is not None]
         pa.array([value], kind)
     except (ValueError, TypeError, pa.ArrowException):
         return _BAD
     return value
+
+
+_PAIRS = ({"name", "value"}, {"key", "value"})
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    """An item of a list that stands for a map: two values, or an object that names them."""
+    if isinstance(item, Mapping) and set(item) in _PAIRS:
+        return item.get("name", item.get("key")), item["value"]
+    if isinstance(item, list | tuple) and len(item) == 2:
+        return item[0], item[1]
+    raise ValueError("no name and value")
 
 
 def _mask(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -379,3 +436,19 @@ def _clip(value: object) -> object:
     if isinstance(value, str) and len(value) > _MAX_CELL:
         return f"{value[:_MAX_CELL]}... ({len(value)} characters)"
     return None if isinstance(value, float) and value != value else value
+
+
+def refusals(quarantine: pa.Table) -> str:
+    """Refused rows by table and reason, each with one example; "" where none was refused.
+
+    >>> row = {"table": "products", "reason": "bad_price", "row": '{"product_id": "7"}'}
+    >>> refusals(pa.Table.from_pylist([row, row], schema=QUARANTINE))
+    'products: 2 bad_price, e.g. {"product_id": "7"}'
+    """
+    rows = quarantine.to_pylist()
+    counts = Counter((row["table"], row["reason"]) for row in rows)
+    first = {(row["table"], row["reason"]): row["row"] for row in reversed(rows)}
+    return "; ".join(
+        f"{table}: {count} {reason}, e.g. {first[table, reason][:_MAX_CELL]}"
+        for (table, reason), count in counts.most_common()
+    )

@@ -23,9 +23,8 @@ import pyarrow.parquet as pq
 from models.errors import DataContractError, explain
 from models.schemas import TABLES
 from models.sources import TablesSource, reading, tables
+from models.sources.cleaning import DATES, as_text
 
-DATES = ("updated_at", "timestamp")
-"""Columns that date a row; the first one that a table has counts."""
 DATED = ("products", "judgments", "interactions")
 """Tables that must carry one. Queries may: without, all of them are kept, since a text alone
 teaches nothing."""
@@ -77,11 +76,23 @@ def as_of(
     }
     for name, found in kept.items():
         if name != "interactions" and not found.rows:
-            got = f"no {name} on {day.isoformat()} ({found})"
-            raise DataContractError(explain(got, "at least one row", "choose a later day"))
+            raise DataContractError(explain(*_nothing_left(name, day, found)))
         table = pa.Table.from_pandas(frames[name], preserve_index=False)
         pq.write_table(table.replace_schema_metadata(None), out / f"{name}.parquet")
     return kept
+
+
+def _nothing_left(name: str, day: date, found: Kept) -> tuple[str, str, str]:
+    left_out = {
+        "choose a later day": found.later,
+        f"write the dates of {name} as ISO 8601, like 2026-01-31": found.undated,
+        f"see that {name} name queries and products by the ids that those have": found.dangling,
+    }
+    got = (
+        f"no {name} on {day.isoformat()}: {found.later} are of later days, {found.undated} have no "
+        f"date that can be read, {found.dangling} are of no query or product of that day"
+    )
+    return got, "at least one row", max(left_out, key=lambda do: left_out[do])
 
 
 def newest(source: TablesSource, folder: Path, until: datetime) -> dict[str, datetime]:
@@ -127,5 +138,11 @@ def _known(frame: pd.DataFrame, frames: Mapping[str, Any]) -> pd.DataFrame:
     """Rows whose query and product the day had."""
     good = pd.Series(True, index=frame.index)
     for key, table in (("query_id", "queries"), ("product_id", "products")):
-        good &= frame[key].astype(str).isin(set(frames[table][key].astype(str)))
+        good &= _ids(frame[key]).isin(set(_ids(frames[table][key])))
     return frame[good]
+
+
+def _ids(column: pd.Series) -> pd.Series:
+    """Ids as a store would hold them; a missing one is like no other."""
+    read = as_text(pa.array(column, from_pandas=True)).to_pandas().astype(object)
+    return read.fillna("").set_axis(column.index)

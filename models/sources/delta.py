@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from models.errors import DataContractError, explain
-from models.schemas import JUDGMENTS, QUERIES
+from models.schemas import JUDGMENTS, PRODUCTS, QUERIES
 from models.sources import reading
-from models.sources.cleaning import as_text, clean
+from models.sources.cleaning import as_text, check_names, clean
 from models.store import to_products
 from models.text import composed
 from models.types import Product
@@ -91,6 +91,7 @@ def _read(path: Path, encoding: str) -> pd.DataFrame:
 
 def _gone(raw: pd.DataFrame, path: Path) -> pd.Series:
     """[rows] whether the row says that its product is gone."""
+    check_names("the delta", list(raw.columns), [*PRODUCTS.names, DELETED])
     if DELETED not in raw:
         return pd.Series(False, index=raw.index)
     texts = raw[DELETED].map(lambda v: "" if pd.isna(v) else v.strip().lower())

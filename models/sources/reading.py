@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import DataContractError, explain
+
+log = logging.getLogger(__name__)
 
 
 def variants(stem: str, kinds: Sequence[str] = ("csv", "csv.gz")) -> tuple[str, ...]:
@@ -31,7 +34,11 @@ def variants(stem: str, kinds: Sequence[str] = ("csv", "csv.gz")) -> tuple[str, 
 
 def find(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of `names` that is a file in `folder`, else None."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    there = [folder / name for name in names if (folder / name).is_file()]
+    if len(there) > 1:
+        others = ", ".join(path.name for path in there[1:])
+        log.warning("%s is read, not %s beside it", there[0], others)
+    return there[0] if there else None
 
 
 def require(folder: Path, wanted: Mapping[str, Sequence[str]], where: str) -> dict[str, Path]:
@@ -84,7 +91,7 @@ def decode(path: Path, data: bytes, encoding: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         got = f"byte 0x{data[error.start]:02x} at offset {error.start} (line {line}) in {path}"
-        do = "save the file as UTF-8, or set the source's encoding=latin-1"
+        do = "save the file as UTF-8, or say what it is: --set data.source.encoding=latin-1"
         raise DataContractError(explain(got, f"{encoding} text", do)) from error
 
 

@@ -322,7 +322,26 @@ def test_evaluate_measures_the_champion(relearn: Relearn, chain: Chain, tables: 
     arguments = ("--max-pairs", "30", *STORE, "--home", chain.home)
     text = relearn("evaluate", "--data", tables, *arguments).check()
     assert "champion" in text and "champion + CumPT" in text and "macro-F1" in text
-    assert " 30 " in text
+    assert " 30 " in text and "Set aside" not in text and "held-out" not in text
+
+
+def test_evaluate_says_what_it_refuses(
+    relearn: Relearn, chain: Chain, tables: Path, tmp_path: Path
+) -> None:
+    for name in ("products", "queries"):
+        shutil.copy(tables / f"{name}.parquet", tmp_path)
+    judgments = pq.read_table(tables / "judgments.parquet").to_pandas()
+    at = (*STORE, "--home", chain.home, "--max-pairs", "30")
+
+    def evaluated(*more: str) -> Done:
+        return relearn("evaluate", "--data", tmp_path, *at, *more)
+
+    judgments.assign(grade=judgments["grade"] - 1).to_parquet(tmp_path / "judgments.parquet")
+    evaluated().check_refused("unknown_grade", "grade_offset=1")
+    evaluated("--set", "data.source.grade_offset=1").check()
+    judgments.loc[0, "grade"] = 9
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    assert "Set aside: judgments: 1 unknown_grade, e.g." in evaluated().check()
 
 
 def test_run_shows_the_tables_and_the_way_on(relearn: Relearn, chain: Chain) -> None:
@@ -332,6 +351,7 @@ def test_run_shows_the_tables_and_the_way_on(relearn: Relearn, chain: Chain) -> 
     assert "0 made" in text and "mlflow ui" in text and "prefect server start" in text
     assert "SFT + R-GRPO" in text and "+ GRPO + CumPT" in text and "candidate" in text
     assert text.index("Registered") < text.index("Gate: ") < text.index("mlflow ui")
+    assert f"--why --store {chain.config.name} --home {chain.home}" in text
 
 
 def test_show_config_prints_json_and_runs_nothing(relearn: Relearn, tmp_path: Path) -> None:
@@ -493,7 +513,7 @@ def test_a_home_without_champions(relearn: Relearn, home: Path, arguments: tuple
 
 def test_an_unknown_store_of_a_good_home(relearn: Relearn, chain: Chain) -> None:
     done = relearn("judge", "a", "b", "--store", "amazon", "--home", chain.home)
-    done.check_refused("amazon-judge")
+    done.check_refused("no champion of amazon", f"there are {chain.config.name}")
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,10 @@ def test_later_changes_win_and_the_original_stays() -> None:
         ("judge.grpo.group_size=1", r"group_size = 1.*greater than or equal to 2"),
         ("name=Upper Case", r"name = 'Upper Case'"),
         ("data.source.kind=nowhere", r"nowhere.*synthetic"),
-        ('judge.teacher={"kind": "chat"}', r"judge\.teacher\.chat\.model.*required"),
+        ('judge.teacher={"kind": "chat"}', r"got judge\.teacher\.model .*required"),
         ('embedder.sft.interactions={"view": 1}', r"got embedder\.sft\.interactions\.view .*cart"),
         ('embedder.sft.interactions={"cart": 0}', r"interactions\.cart = 0.*greater than 0"),
+        ("embedder.encoder={'pooling': 'lasttoken'}", r"which is no JSON.*double quotes"),
         ("judge.teacher.kind=oracle", r"oracle.*'template', 'chat'"),
     ],
 )
@@ -139,6 +140,13 @@ def test_a_wrong_change_is_one_clear_error(change: str, said: str) -> None:
         recipe("small", "synthetic", [change])
     text = str(raised.value)
     assert "got " in text and "expected " in text and "do this: " in text
+
+
+def test_json_may_go_on_in_a_second_line() -> None:
+    """As an example in a document does, once it is copied."""
+    change = 'embedder.encoder={"pooling": "lasttoken", "query_prompt": "Instruct: find\nproducts"}'
+    prompt = recipe("small", "synthetic", [change]).embedder.encoder.query_prompt
+    assert prompt == "Instruct: find\nproducts"
 
 
 def test_splits_that_leave_nothing_are_refused_as_a_setting() -> None:

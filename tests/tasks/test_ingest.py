@@ -36,3 +36,16 @@ def test_files_that_change_while_they_are_read_are_refused(
         ingest.make(source=source, split=SplitConfig(), content=content)
     monkeypatch.setattr(sources, "load", load)
     assert ingest.make(source=source, split=SplitConfig(), content=digest(source, tmp_path))
+
+
+def test_where_all_labels_were_refused_the_reason_is_said(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pandas makes of whole numbers with a gap among them."""
+    (tmp_path / "products.csv").write_text("product_id,title\n1,red sofa\n2,blue lamp\n")
+    (tmp_path / "queries.csv").write_text("query_id,text\nq1,sofa\nq2,lamp\nq3,desk\n")
+    (tmp_path / "judgments.csv").write_text("query_id,product_id,grade\nq1,1.0,4\nq2,2.0,4\n")
+    monkeypatch.setenv("RELEARN_DATA_DIR", str(tmp_path))
+    source = TablesSource()
+    with pytest.raises(DataContractError, match=r'judgments: 2 dangling_product, e\.g\. .*"1\.0"'):
+        ingest.make(source=source, split=SplitConfig(), content=digest(source, tmp_path))

@@ -518,7 +518,7 @@ def test_rollback_goes_to_the_champion_before_and_not_to_one_that_was_passed_ove
 def test_rollback_and_versions_of_nothing(home: Path) -> None:
     with pytest.raises(ArtifactError, match="no champion of shop"):
         rollback(STORE, artifacts=artifacts())
-    with pytest.raises(ArtifactError, match="no versions of shop"):
+    with pytest.raises(ArtifactError, match="no version of shop"):
         version_rows(STORE, artifacts=artifacts())
 
 

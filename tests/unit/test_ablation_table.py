@@ -156,7 +156,7 @@ def test_equal_judges_have_no_gain_on_any_resample() -> None:
 
 
 def test_steps_and_samples_are_read_where_there_are_some() -> None:
-    steps = "query: a\nitem: b\ncategory: {}\nattributes: none\ndecision: x"
+    steps = "query: a\nitem: b\ncategory: {}\nattributes: none\ndecision: excellent"
     given = answers(GRADES, GRADES)
     for row, kind in zip(given, ("match", "mismatch", "match"), strict=False):
         row |= {"response": f"4\n{steps.format(kind)}", "finished": True}

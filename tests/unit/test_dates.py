@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -117,3 +118,33 @@ def test_the_newest_date_is_looked_for_in_labels_alone(tmp_path: Path) -> None:
     assert newest(SOURCE, folder, before)["judgments"] <= before, "a date to come says nothing"
     none = {"query_id": ["q1"], "product_id": ["p1"], "grade": ["4"]}
     assert newest(SOURCE, write(tmp_path / "none", judgments=none), LATER) == {}
+
+
+def test_ids_of_other_types_are_the_same_ids(tmp_path: Path) -> None:
+    """As `load` reads them: whole floats, and blanks around."""
+    folder = write(tmp_path / "now", products={
+        "product_id": ["1", " 2", "3"], "title": ["Red sofa", "Blue sofa", "Oak desk"],
+        "updated_at": ["2026-03-01"] * 3})  # fmt: skip
+    (folder / "judgments.csv").unlink()
+    judged = {"query_id": ["q1", "q1 ", "q2"], "product_id": [1.0, 2.0, None], "grade": [4, 2, 1]}
+    judged["timestamp"] = ["2026-03-01"] * 3
+    pd.DataFrame(judged).to_parquet(folder / "judgments.parquet")
+    kept: dict[str, Any] = at(folder, tmp_path / "then", 2)
+    assert (kept["judgments"].rows, kept["judgments"].dangling) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("judged", "do"),
+    [
+        ({"updated_at": ["2026-03-09"] * 2}, "choose a later day"),
+        ({"updated_at": ["01/05/2026", "1767225600"]}, "ISO 8601"),
+        ({"updated_at": ["2026-03-01"] * 2, "product_id": ["p7", "p8"]}, "by the ids"),
+    ],
+)
+def test_a_day_without_labels_says_why(
+    tmp_path: Path, judged: dict[str, list[object]], do: str
+) -> None:
+    rows = {"query_id": ["q1", "q2"], "product_id": ["p1", "p3"], "grade": ["4", "4"]}
+    folder = write(tmp_path / "now", judgments=rows | judged)
+    with pytest.raises(DataContractError, match=rf"no judgments on 2026-03-05: .*do this: .*{do}"):
+        at(folder, tmp_path / "then", 5)

@@ -51,6 +51,7 @@ def test_a_brand_with_quotes_finds_itself_and_nothing_else(
         (Filters(), "abcde"),
         (Filters(category="Sport > Shoes"), "ab"),
         (Filters(category=" Sport>Shoes "), "ab"),
+        (Filters(category="Sport > > Shoes >"), "ab"),
         (Filters(category="Sport"), "abcd"),
         (Filters(category="Spor"), ""),
         (Filters(category="%"), ""),

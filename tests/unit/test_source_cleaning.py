@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from models.errors import DataContractError
+from models.index.filters import Filters
 from models.schemas import MAX_TEXT, QUARANTINE, TABLES
 from models.sources.cleaning import clean
 from models.split import position
@@ -165,6 +166,70 @@ def test_attributes_come_as_json_as_maps_and_as_structs() -> None:
     )
     good, _ = clean({**tables, "products": struct})
     assert good["products"]["attributes"].to_pylist() == [[("colour", "red")], []]
+
+
+@pytest.mark.parametrize(
+    ("cell", "read"),
+    [
+        ('[{"name": "colour", "value": "red"}]', [("colour", "red")]),
+        ('[{"key": "colour", "value": 4}]', [("colour", "4")]),
+        ('[["colour", "red"], ["size", null]]', [("colour", "red")]),
+        ("null", None),
+        ("{}", []),
+    ],
+)
+def test_attributes_come_as_lists_of_pairs(cell: str, read: list[tuple[str, str]] | None) -> None:
+    products = make_tables()["products"].assign(attributes=[cell, None])
+    good, quarantine = clean(make_tables(products=products))
+    assert good["products"]["attributes"].to_pylist() == [read, None] and not len(quarantine)
+
+
+@pytest.mark.parametrize("cell", ['["XL", "XS"]', '[{"a": 1, "b": 2}]', '[["a", "b", "c"]]', "[1]"])
+def test_other_lists_are_no_attributes(cell: str) -> None:
+    products = make_tables()["products"].assign(attributes=[cell, None])
+    _, quarantine = clean(make_tables(products=products))
+    assert reasons(quarantine)["products", "bad_attributes"] == 1
+
+
+def test_a_category_has_one_spelling() -> None:
+    products = make_tables()["products"].assign(category=["Home>Sofas", " Home >  > Sofas "])
+    good, _ = clean(make_tables(products=products))
+    assert good["products"]["category"].to_pylist() == ["Home > Sofas"] * 2
+    assert Filters(category="Home>Sofas").sql() == Filters(category="Home > Sofas").sql()
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("products", "Price"), ("products", "rating count"), ("queries", "Segment")],
+)
+def test_a_column_that_is_nearly_one_is_asked_about(table: str, column: str) -> None:
+    tables = make_tables()
+    tables[table] = tables[table].assign(**{column: "1"})
+    with pytest.raises(DataContractError, match=f"got a column '{column}' in {table}"):
+        clean(tables)
+
+
+def test_columns_that_nothing_reads_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    tables = make_tables()
+    tables["products"] = tables["products"].assign(price=1.0, Price=2.0, shelf="3")
+    tables["judgments"] = tables["judgments"].assign(timestamp="2026-01-01")
+    clean(tables)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "products: nothing reads the columns Price, shelf"
+    ]
+
+
+def test_types_of_parquet_that_pyarrow_cannot_convert() -> None:
+    views = pa.table(
+        {
+            "product_id": pa.array(["p1", "p2"], pa.string_view()),
+            "title": pa.array(["Red shoe", None], pa.string_view()),
+            "updated_at": pa.array([1, None], pa.time64("us")),
+        }
+    )
+    _, quarantine = clean({**make_tables(), "products": views})
+    found = reasons(quarantine)
+    assert found["products", "bad_updated_at"] == 1 and found["products", "empty_text"] == 1
 
 
 def test_unknown_segments_events_and_references_are_refused() -> None:

@@ -113,6 +113,8 @@ def test_the_digest_names_the_content(tmp_path: Path) -> None:
     [
         ({"title": ["x"]}, "no column product_id"),
         ({"product_id": ["a"]}, "no column title"),
+        ({"product_id": ["a"], "title": ["x"], "Deleted": ["true"]}, "rename it to deleted"),
+        ({"product_id": ["a"], "title": ["x"], "Price": [1]}, "rename it to price"),
         ({"product_id": ["a"], "title": ["x"], "deleted": ["maybe"]}, "'maybe'"),
         ({"product_id": ["a", "a"], "title": ["x", "y"], "deleted": [True, False]}, "both deleted"),
     ],
