@@ -351,7 +351,7 @@ def test_run_shows_the_tables_and_the_way_on(relearn: Relearn, chain: Chain) -> 
     assert "0 made" in text and "mlflow ui" in text and "prefect server start" in text
     assert "SFT + R-GRPO" in text and "+ GRPO + CumPT" in text and "candidate" in text
     assert text.index("Registered") < text.index("Gate: ") < text.index("mlflow ui")
-    assert f"--why --store {chain.config.name} --home {chain.home}" in text
+    assert f"--why --store {STORE[1]} --home {chain.home}" in text
 
 
 def test_show_config_prints_json_and_runs_nothing(relearn: Relearn, tmp_path: Path) -> None:
@@ -513,7 +513,7 @@ def test_a_home_without_champions(relearn: Relearn, home: Path, arguments: tuple
 
 def test_an_unknown_store_of_a_good_home(relearn: Relearn, chain: Chain) -> None:
     done = relearn("judge", "a", "b", "--store", "amazon", "--home", chain.home)
-    done.check_refused("no champion of amazon", f"there are {chain.config.name}")
+    done.check_refused("no champion of amazon", f"there are {STORE[1]}")
 
 
 @pytest.mark.parametrize(
