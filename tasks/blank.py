@@ -78,8 +78,8 @@ def _whole(file: Path, make: Make) -> None:
             left.unlink()
         make(partial)
         with contextlib.closing(sqlite3.connect(partial)) as database:
-            # what is still in a journal beside the file
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            # one file, which can be read where nothing can be written; Prefect sets its own mode
+            database.execute("PRAGMA journal_mode=DELETE")
         if not (file.is_file() and _sound(file)):  # another program's server may have been quicker
             partial.replace(file)
     finally:
