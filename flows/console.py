@@ -56,12 +56,15 @@ class NoTraceback(logging.Filter):
         return True
 
 
+NO_TRACEBACK = NoTraceback()
+
+
 def guarded(body: Callable[[], object]) -> None:
     """Call `body`; a user's mistake, a fault or SIGTERM is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _dropped
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(NoTraceback())
+        logging.getLogger(name).addFilter(NO_TRACEBACK)
     try:
         body()
     except Terminated:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import ablate, ablate_retriever, cli, cli_ablate, console, index, monitor, pipeline
-from models.errors import StoreError
+from models.errors import DataContractError, StoreError
 from models.evaluation.gate import Decision, GateConfig, Outcome
 from models.store import Store
 from tasks import release, temporary
@@ -588,3 +589,25 @@ def test_wrong_ablations_are_refused(relearn: Relearn, tmp_path: Path) -> None:
     relearn(*wrong, *at).check_refused("--seeds 0,x", "0,1,2")
     text = relearn("ablate", "judge", "--help").check()
     assert "--home" in text and "graded" in text
+
+
+def test_a_mistake_inside_a_flow_is_logged_without_the_way_there() -> None:
+    """Prefect logs the traceback of whatever ends a flow or task."""
+
+    def logged(error: Exception) -> str:
+        try:
+            raise error
+        except Exception:
+            record = logging.LogRecord(
+                "prefect.flow_runs", logging.ERROR, "", 1, "ended: %r", (error,), sys.exc_info()
+            )
+        assert console.NoTraceback().filter(record)
+        return logging.Formatter().format(record)
+
+    assert logged(DataContractError("got no column title")).startswith("ended: DataContractError")
+    assert "Traceback" not in logged(DataContractError("got no column title"))
+    assert "Traceback" in logged(ZeroDivisionError("a fault of ours"))
+    console.guarded(lambda: None)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        filters = logging.getLogger(name).filters
+        assert sum(isinstance(f, console.NoTraceback) for f in filters) == 1
