@@ -24,7 +24,7 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 Home = Annotated[
     Path | None,
-    typer.Option("--home", help="Folder for everything relearn writes. [default: .relearn]"),
+    typer.Option("--home", help="Folder for what relearn makes and records. [default: .relearn]"),
 ]
 StoreName = Annotated[
     str,

@@ -53,7 +53,7 @@ def prefect_database(address: str, blanks_dir: Path) -> None:
 def _copied(library: str, make: Make, file: Path, blanks_dir: Path) -> bool:
     try:
         kept = _kept(library, make, blanks_dir)
-        _whole(file, lambda partial: _copy(kept, partial))
+        _whole(file, lambda partial: _copy(kept, partial), over=False)
     except Exception as error:  # a full or read-only disk, in the libraries' own words
         log.info("no empty database of %s to copy: %s", library, error)
         return False
@@ -70,8 +70,11 @@ def _kept(library: str, make: Make, folder: Path) -> Path:
     return file
 
 
-def _whole(file: Path, make: Make) -> None:
-    """`file` as `make` writes it, in one step; what a killed process left of it goes first."""
+def _whole(file: Path, make: Make, over: bool = True) -> None:
+    """`file` as `make` writes it, in one step; what a killed process left of it goes first.
+
+    over: also where there is one by now. Else it is another program's, and stays.
+    """
     partial = file.with_name(f".{file.name}.partial")
     try:
         for left in file.parent.glob(f"{partial.name}*"):
@@ -80,7 +83,7 @@ def _whole(file: Path, make: Make) -> None:
         with contextlib.closing(sqlite3.connect(partial)) as database:
             # one file, which can be read where nothing can be written; Prefect sets its own mode
             database.execute("PRAGMA journal_mode=DELETE")
-        if not (file.is_file() and _sound(file)):  # another program's server may have been quicker
+        if over or not file.exists() or not file.stat().st_size:
             partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -128,9 +131,14 @@ def _migrated_prefect(file: Path) -> None:
 
 
 def main() -> None:
-    """Keep both, as `python -m tasks.blank` after an installation."""
+    """Keep both, as `python -m tasks.blank` after an installation, where they can be kept."""
+    folder = settings().blanks_dir
     for library, make in (("prefect", _migrated_prefect), ("mlflow", _migrated_mlflow)):
-        _kept(library, make, settings().blanks_dir)
+        try:
+            _kept(library, make, folder)
+        except OSError as error:
+            print(f"setup: no empty databases in {folder} ({error}): each new home makes its own")
+            return
 
 
 if __name__ == "__main__":

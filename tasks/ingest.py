@@ -19,7 +19,7 @@ def open_store(ctx: StageContext, ref: ArtifactRef) -> Store:
     return Store.read(ctx.open(ref) / "store")
 
 
-@stage(name="ingest", kind="data", code_version="4")
+@stage(name="ingest", kind="data", code_version="5")
 def ingest(
     ctx: StageContext, source: SourceConfig, split: SplitConfig, content: str
 ) -> dict[str, float]:

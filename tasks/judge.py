@@ -53,7 +53,7 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="9")
+@stage(name="judge_prompt", kind="judge", code_version="10")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format, the training queries' kinds, the catalogue's word weights, and what words
     alone say of the grade.

@@ -130,6 +130,7 @@ def _environment(current: Settings, prefect_port: int, mlflow_port: int) -> dict
     folders = {
         "RELEARN_HOME": str(current.home),
         "RELEARN_WEIGHTS": str(current.weights_dir),
+        "RELEARN_BLANKS_DIR": str(current.blanks_dir),
         "RELEARN_ARTIFACT_ROOT": current.artifact_uri,
     }
     if current.data_dir is not None:

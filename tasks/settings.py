@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     )
 
     home: Path = Path(".relearn")
-    """Everything relearn writes: MLflow, Prefect, locks, checkpoints. Made absolute."""
+    """What relearn makes and records: MLflow, Prefect, locks, checkpoints. Made absolute."""
     data_dir: Path | None = None
     """Source files, for sources that read files."""
     weights_dir: Path = Field(

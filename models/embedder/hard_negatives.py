@@ -97,7 +97,7 @@ class HardNegativeCollator:
     ) -> None:
         self.encoder, self.pairs = encoder, pairs
         self.products, self.queries = store.product_by_id, store.query_by_id
-        self.known = known_positives(store, pairs)
+        self.known = known_positives(store, _every_positive(store, config))
         self.copies = Copies(self.products)
         self.negatives = {
             q: list(islice(cycle(ids), config.negatives)) for q, ids in negatives.items() if ids
@@ -166,10 +166,7 @@ def train_on_hard_negatives(
     Raises:
         DataContractError: fewer than two such pairs. DivergenceError: the loss is not finite.
     """
-    wanted = ContrastiveConfig(
-        min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
-    )
-    every, copies = positive_pairs(store, wanted), Copies(store.product_by_id)
+    every, copies = _every_positive(store, config), Copies(store.product_by_id)
     known = {q: copies.all_of(ids) for q, ids in known_positives(store, every).items()}
     negatives = {
         q: [p for p in ids if copies.of(p) not in known.get(q, ())] for q, ids in negatives.items()
@@ -196,3 +193,10 @@ def train_on_hard_negatives(
         sink,
         device,
     )
+
+
+def _every_positive(store: Store, config: HardNegativeConfig) -> list[PositivePair]:
+    wanted = ContrastiveConfig(
+        min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
+    )
+    return positive_pairs(store, wanted)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ArtifactError, DataContractError, explain
 from models.evaluation.tiers import TIER_OF_GRADE, CumPT
+from models.text import category_path
 from models.types import GRADES, Product, Query
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def pair_of(index: int, row: Mapping[str, Any], source: object) -> tuple[Query, 
         row["title"],
         description=row.get("description") or "",
         brand=row.get("brand") or "",
-        category=row.get("category") or "",
+        category=category_path(row.get("category") or ""),
         attributes=dict(attributes),
         price=price,
     )

@@ -16,6 +16,7 @@ from models.rules.estimate import GradeEstimate
 from models.rules.evidence import Evidence, gather
 from models.rules.kinds import KindLexicon
 from models.rules.words import WordWeights
+from models.text import normalise
 from models.types import Pair, Product, Query
 
 FILE = "judge.json"
@@ -109,6 +110,7 @@ class JudgeSpec:
 
 def _cut(query: Query, prompt: PromptConfig) -> Query:
     """The query as far as the prompt shows it: evidence is of what is read."""
-    if len(query.text) <= prompt.max_query_chars:
+    text = normalise(query.text)
+    if len(text) <= prompt.max_query_chars:
         return query
-    return replace(query, text=query.text[: prompt.max_query_chars])
+    return replace(query, text=text[: prompt.max_query_chars])

@@ -168,13 +168,13 @@ class GradeEstimate:
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads."""
         models = [model.to_json() for model in self.models]
-        return {"models": models, "trained": sorted(self.trained)}
+        return {"models": models, "trained_texts": sorted(self.trained)}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> GradeEstimate:
         """Inverse of `to_json`."""
         models = [AdditiveModel.from_json(model) for model in body["models"]]
-        return cls(models, frozenset(body["trained"]))
+        return cls(models, frozenset(body["trained_texts"]))
 
 
 def _fold(query: Query, folds: int) -> int:

@@ -42,12 +42,12 @@ MIN_POSTERIOR = 0.4
 class KindLexicon:
     """Naive Bayes from a query's terms to the category of its relevant products.
 
-    by_query: {normalised text: {category: share of its relevant products}} of the training queries.
+    by_text: {normalised text: {category: share of its relevant products}} of the training queries.
     terms_of: {normalised text: terms of what the query asks for}.
     titles: {term: {category: how typical the term is of it among categories, in (0, 1]}}.
     """
 
-    by_query: Mapping[str, Mapping[str, float]]
+    by_text: Mapping[str, Mapping[str, float]]
     terms_of: Mapping[str, Sequence[str]]
     titles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     _counts: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
@@ -57,7 +57,7 @@ class KindLexicon:
     def __post_init__(self) -> None:
         counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         prior: dict[str, float] = defaultdict(float)
-        for text, shares in self.by_query.items():
+        for text, shares in self.by_text.items():
             for category, share in shares.items():
                 prior[category] += share
                 for term in self.terms_of[text]:
@@ -138,12 +138,12 @@ class KindLexicon:
         text = normalise(query.text)
         if term not in self.terms_of.get(text, ()):
             return seen
-        own = self.by_query[text]
+        own = self.by_text[text]
         left = {c: n - own.get(c, 0.0) for c, n in seen.items()}
         return {c: n for c, n in left.items() if n > 1e-9}
 
     def _infer(self, query: Query) -> dict[str, float]:
-        own = self.by_query.get(normalise(query.text), {})
+        own = self.by_text.get(normalise(query.text), {})
         prior = {c: p - own.get(c, 0.0) for c, p in self._prior.items()}
         total = sum(prior.values())
         if total <= 1e-9:
@@ -171,7 +171,7 @@ class KindLexicon:
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads."""
         return {
-            "by_query": {q: dict(c) for q, c in self.by_query.items()},
+            "by_text": {q: dict(c) for q, c in self.by_text.items()},
             "terms_of": {q: list(t) for q, t in self.terms_of.items()},
             "titles": {t: dict(c) for t, c in self.titles.items()},
         }
@@ -179,7 +179,7 @@ class KindLexicon:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> KindLexicon:
         """Inverse of `to_json`."""
-        return cls(body["by_query"], body["terms_of"], body["titles"])
+        return cls(body["by_text"], body["terms_of"], body["titles"])
 
 
 def _asked_terms(query: Query) -> tuple[str, ...]:

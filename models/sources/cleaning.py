@@ -103,6 +103,7 @@ def check_names(table: str, present: Sequence[str], known: Sequence[str]) -> Non
     Raises:
         DataContractError: one that is a known, missing column but for case, blanks and underscores.
     """
+    known = [name for name in known if name != "split"]  # written here, never read
     unread = [name for name in present if name not in known and name not in DATES]
     missing = {_bare(name): name for name in known if name not in present}
     for name in unread:

@@ -55,11 +55,11 @@ def ids(texts: pd.Series) -> pd.Series:
 def judged_popularity(texts: pd.Series, product_ids: pd.Series, split: SplitConfig) -> pd.Series:
     """log(1 + distinct queries) a product, indexed by product id (natural log, no unit).
 
-    Being shown to raters goes with being relevant, so queries that are held out count for nothing;
-    a product that was shown for none of the others has no value.
+    Being shown to raters goes with being relevant, so queries that are held out count for nothing.
+    A product shown for them alone counts one query, like most: its value must not tell that either.
     """
     pairs = pd.DataFrame({"query": ids(texts).to_numpy(), "product": product_ids.to_numpy()})
     held_out = {t: isinstance(t, str) and split.holds_out(t) for t in texts.unique()}
     pairs = pairs[~texts.map(held_out).to_numpy(dtype=bool)]
     counts = pairs.drop_duplicates().groupby("product")["query"].size()
-    return np.log1p(counts.astype(float))
+    return np.log1p(counts.reindex(product_ids.unique(), fill_value=1).astype(float))

@@ -74,6 +74,29 @@ def test_a_kept_one_belongs_to_its_version(
     assert len(made_again) == 1
 
 
+def test_what_another_program_made_meanwhile_stays(
+    tmp_path: Path, homes: tuple[Path, Path]
+) -> None:
+    def overtaken(path: Path) -> None:
+        made(path)
+        homes[0].write_bytes(b"another server's, which is writing it")
+
+    blank._copied("prefect", overtaken, homes[0], tmp_path / "blanks")
+    assert homes[0].read_bytes().startswith(b"another")
+    homes[1].write_bytes(b"")
+    assert blank._copied("prefect", unmade, homes[1], tmp_path / "blanks")
+    assert tables(homes[1]) == [("t",)]
+
+
+def test_setting_up_goes_on_where_nothing_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder can be here")
+    monkeypatch.setenv("RELEARN_BLANKS_DIR", str(tmp_path / "file" / "blanks"))
+    blank.main()
+    assert "each new home makes its own" in capsys.readouterr().out
+
+
 def test_where_nothing_can_be_kept_it_is_made_in_place(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("no folder can be here")

@@ -73,9 +73,10 @@ def test_attributes_that_are_no_pairs_are_refused_with_their_row(attributes: Any
 def test_nan_in_an_optional_column_is_nothing() -> None:
     nan = float("nan")
     row: dict[str, Any] = {"query": "sofa", "title": "Sofa", "vector": np.ones(3)}
-    row |= {"description": nan, "attributes": nan, "price": nan}
+    row |= {"description": nan, "attributes": nan, "price": nan, "category": "Home>Sofas"}
     product = pair_of(0, row, "pairs")[1]
     assert (product.description, product.attributes, product.price) == ("", {}, None)
+    assert product.category == "Home > Sofas", "as a store holds it"
     pairs = pair_of(0, row | {"attributes": [("size", "L")]}, "pairs")
     assert pairs[1].attributes == {"size": "L"}
 

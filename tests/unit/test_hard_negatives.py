@@ -228,3 +228,15 @@ def test_a_positive_of_a_lower_grade_is_no_negative_of_its_query(
         str(encoder_dir), lower, negatives, config, *folders, ListSink()
     )
     assert numbers["pairs"] == 4, "both positives of q-lamp and of q-rug"
+
+
+def test_positives_of_a_twin_without_negatives_are_masked(store: Store, encoder_dir: Path) -> None:
+    twin = {"query_id": "twin", "text": "SOFA acme", "split": "train"}
+    more = pa.Table.from_pylist([twin], schema=TABLES["queries"])
+    event = {"query_id": "twin", "product_id": "acme-lamp", "event": "purchase"}
+    bought = pa.Table.from_pylist([event], schema=TABLES["interactions"])
+    both = replace(store, queries=pa.concat_tables([store.queries, more]), interactions=bought)
+    pairs = [PositivePair("q-sofa", "acme-sofa", 1.0), PositivePair("q-lamp", "acme-lamp", 1.0)]
+    config = FAST.model_copy(update={"interactions": True})
+    collator = HardNegativeCollator(load_encoder(str(encoder_dir)), both, pairs, NEGATIVES, config)
+    assert collator([{"row": 0}, {"row": 1}])["label"]["masked"][0].tolist() == [False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_a_judge_of_an_older_version_is_refused(tmp_path: Path) -> None:
         (tmp_path / "judge.json").write_text(json.dumps(body))
         with pytest.raises(ArtifactError, match="older version"):
             JudgeSpec.read(tmp_path)
+    kinds = {"by_query": {"q1": {"Sofa": 1.0}}, "terms_of": {"q1": ["sofa"]}, "titles": {}}
+    (tmp_path / "judge.json").write_text(json.dumps(whole | {"kinds": kinds}))
+    with pytest.raises(ArtifactError, match="older version"):  # it knew queries by their ids
+        JudgeSpec.read(tmp_path)
+
+
+def test_evidence_is_of_what_the_prompt_shows_of_a_query() -> None:
+    wanted, more = "red  sofa   without leather", " and much more that is not shown"
+    pair = make_pair(wanted, "red sofa")
+    fitted = JudgeSpec.fit(PromptConfig(max_query_chars=26), [pair], [pair.product])
+    long = replace(pair.query, text=f"{wanted}{more * 9}")
+    for query in (pair.query, long):
+        evidence, _ = fitted.evidence(query, pair.product)
+        assert evidence.excluded == (("leather", False),), query.text
+        assert evidence.missing == ()
 
 
 def test_the_item_is_cut_where_the_prompt_says(tmp_path: Path) -> None:

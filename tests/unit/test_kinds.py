@@ -62,7 +62,7 @@ def test_titles_know_words_that_no_training_query_used() -> None:
     # of the kinds that queries ask for: one of two sofas and the only lamp are of oak
     assert kinds.titles["oak"] == {LAMP: 2 / 3, SOFA: 1 / 3}
     assert kinds.titles[terms("settee")[0]] == {SOFA: 1.0}
-    without = KindLexicon(kinds.by_query, kinds.terms_of)
+    without = KindLexicon(kinds.by_text, kinds.terms_of)
     assert without.asked(Query("new", "settee")) is None
     assert without.asked(Query("new", "couch")) == SOFA
 
@@ -98,7 +98,7 @@ def test_belief_is_shared_out_over_categories_and_their_parents() -> None:
 
 
 def test_irrelevant_products_teach_nothing() -> None:
-    assert KindLexicon.fit([pair("q", "couch", LAMP, grade=2)]).by_query == {}
+    assert KindLexicon.fit([pair("q", "couch", LAMP, grade=2)]).by_text == {}
 
 
 def test_a_training_query_does_not_see_its_own_labels() -> None:

@@ -213,9 +213,11 @@ def test_columns_that_nothing_reads_are_named(caplog: pytest.LogCaptureFixture) 
     tables = make_tables()
     tables["products"] = tables["products"].assign(price=1.0, Price=2.0, shelf="3")
     tables["judgments"] = tables["judgments"].assign(timestamp="2026-01-01")
+    tables["queries"] = tables["queries"].assign(Split="train")
     clean(tables)
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        "products: nothing reads the columns Price, shelf"
+        "products: nothing reads the columns Price, shelf",
+        "queries: nothing reads the columns Split",
     ]
 
 
