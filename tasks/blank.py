@@ -112,6 +112,7 @@ def _sound(file: Path) -> bool:
 def _migrated_mlflow(file: Path) -> None:
     from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     engine = create_sqlalchemy_engine(f"sqlite:///{file}")
     _initialize_tables(engine)
     engine.dispose()
