@@ -11,10 +11,11 @@ from prefect import flow, task
 
 from flows.data import prepare_data
 from flows.scheduled import RUN_NAME, Chain, data_folder
-from models.errors import ArtifactError, ConfigError, explain
+from models.errors import ConfigError, explain
 from models.index.config import RefreshConfig
 from tasks.artifacts import ArtifactStore
 from tasks.publish import published, refresh, refresh_to
+from tasks.registry import nothing_of
 from tasks.release import finish_pending
 from tasks.settings import prepare_environment, settings
 from tasks.stage import MlflowSink, current_settings, pipeline
@@ -79,8 +80,7 @@ def _require_published(name: str) -> int:
     finish_pending(name, artifacts=artifacts)
     served = published(name, artifacts=artifacts)
     if served is None:
-        got = f"no published index of {name}"
-        raise ArtifactError(explain(got, "one", "run the deployment retrain/retrain first"))
+        raise nothing_of(name, "published index", store=artifacts)
     return served.version
 
 

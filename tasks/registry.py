@@ -252,7 +252,8 @@ def nothing_of(store_name: str, what: str, *, store: ArtifactStore) -> ArtifactE
     index = "-index"  # every store has one, of this name
     names = {m.name.removesuffix(index) for m in models if m.name.endswith(index)} - {store_name}
     got = f"no {what} of {store_name} under {store.settings.home}"
+    do = "relearn run --store ... first, or the deployment retrain/retrain"
     if not names:
-        return ArtifactError(explain(got, f"a {what}", "relearn run --store ... first"))
+        return ArtifactError(explain(got, f"a {what}", do))
     expected = f"a store that has one (there are {', '.join(sorted(names))})"
-    return ArtifactError(explain(got, expected, "name it with --store, or relearn run yours first"))
+    return ArtifactError(explain(got, expected, f"name it with --store, or {do}"))

@@ -460,7 +460,7 @@ def test_groups_are_kept_by_the_spread_of_shaped_rewards(
     pool = make_pool([4] * 4)
     well = write(pool[0], "respond_then_think")
     texts = {
-        0: ["3" + well[1:], "1", "1", "1", "1", "1"],
+        0: ["3" + well[1:].replace("excellent", "related"), "1", "1", "1", "1", "1"],
         1: [well, "1", "1", "1", "1", "1"],
         2: [well, "4", "4", "4", "4", "4"],
         3: ["1"] * 6,
