@@ -97,7 +97,7 @@ def fresh_first(
 def draw_prompts(
     pairs: Sequence[Pair], trained_on: DrawConfig, draw: PromptDraw, purpose: str
 ) -> list[Pair]:
-    """Pairs to sample responses to, those that SFT did not train on first.
+    """Pairs to sample responses to, those that SFT did not train on first [TaoSR1 s3.2, ours].
 
     Args:
         pairs: training pairs, in the order that SFT drew from.
