@@ -54,7 +54,7 @@ def test_up_runs_what_is_due_on_loopback_and_down_leaves_nothing(home: Path) -> 
         # through the worker: a process of its own imports the flow, and says what is missing
         run = client.create_flow_run_from_deployment(found["evaluate-champion"].id)
         state = wait_for(lambda: client.read_flow_run(run.id).state, lambda s: s.is_final())
-        assert state.is_failed() and "no champion of synthetic-judge" in state.message, state
+        assert state.is_failed() and "no champion judge of synthetic" in state.message, state
         assert client.read_flow_run(run.id).name == "synthetic small"
 
         # the monitor's event runs the deployment that it names, with the chain that it watched
