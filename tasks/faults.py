@@ -213,19 +213,19 @@ def scrub(error: BaseException) -> None:
 
 def if_absent(create: Callable[[], object]) -> None:
     """Call `create`; what is there already is fine: an answer was lost, or another was quicker."""
-    try:
-        create()
-    except Exception as error:
-        if _code(error) != "RESOURCE_ALREADY_EXISTS":
-            raise
+    _unless("RESOURCE_ALREADY_EXISTS", create)
 
 
 def if_present(remove: Callable[[], object]) -> None:
-    """Call `remove`; what is gone already is fine: an answer was lost, or another was quicker."""
+    """The same of `remove` and what is gone already."""
+    _unless("RESOURCE_DOES_NOT_EXIST", remove)
+
+
+def _unless(code: str, call: Callable[[], object]) -> None:
     try:
-        remove()
+        call()
     except Exception as error:
-        if _code(error) != "RESOURCE_DOES_NOT_EXIST":
+        if _code(error) != code:
             raise
 
 

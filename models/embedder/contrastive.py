@@ -29,6 +29,7 @@ from models.embedder.fitting import features, fit
 from models.embedder.pairs import (
     Copies,
     PositivePair,
+    every_positive,
     known_positives,
     masked_columns,
     positive_pairs,
@@ -137,7 +138,7 @@ class PairCollator:
         self.products = store.product_by_id
         self.queries = store.query_by_id
         self.catalogue = list(self.products)
-        every = positive_pairs(store, config.model_copy(update={"max_pairs": None}))
+        every = every_positive(store, config.min_grade, config.interactions)
         self.known = known_positives(store, every)
         self.copies = Copies(self.products)
 

@@ -22,15 +22,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from models.embedder.config import ContrastiveConfig, HardNegativeConfig
+from models.embedder.config import HardNegativeConfig
 from models.embedder.encoder import encode, encode_products, load_encoder
 from models.embedder.fitting import features, fit
 from models.embedder.pairs import (
     Copies,
     PositivePair,
+    every_positive,
     known_positives,
     masked_columns,
-    positive_pairs,
 )
 from models.errors import DataContractError, explain
 from models.objectives.infonce import infonce
@@ -97,7 +97,9 @@ class HardNegativeCollator:
     ) -> None:
         self.encoder, self.pairs = encoder, pairs
         self.products, self.queries = store.product_by_id, store.query_by_id
-        self.known = known_positives(store, _every_positive(store, config))
+        self.known = known_positives(
+            store, every_positive(store, config.min_grade, config.interactions)
+        )
         self.copies = Copies(self.products)
         self.negatives = {
             q: list(islice(cycle(ids), config.negatives)) for q, ids in negatives.items() if ids
@@ -166,7 +168,10 @@ def train_on_hard_negatives(
     Raises:
         DataContractError: fewer than two such pairs. DivergenceError: the loss is not finite.
     """
-    every, copies = _every_positive(store, config), Copies(store.product_by_id)
+    every, copies = (
+        every_positive(store, config.min_grade, config.interactions),
+        Copies(store.product_by_id),
+    )
     known = {q: copies.all_of(ids) for q, ids in known_positives(store, every).items()}
     negatives = {
         q: [p for p in ids if copies.of(p) not in known.get(q, ())] for q, ids in negatives.items()
@@ -193,10 +198,3 @@ def train_on_hard_negatives(
         sink,
         device,
     )
-
-
-def _every_positive(store: Store, config: HardNegativeConfig) -> list[PositivePair]:
-    wanted = ContrastiveConfig(
-        min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
-    )
-    return positive_pairs(store, wanted)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.embedder.config import ContrastiveConfig, MiningConfig
+from models.embedder.config import MiningConfig
 from models.embedder.encoder import encode
-from models.embedder.pairs import Copies, known_positives, positive_pairs
+from models.embedder.pairs import Copies, every_positive, known_positives
 from models.errors import DataContractError, explain
 from models.index.base import VectorIndex
 from models.rewards.relevance import JudgeRelevance, read_out
@@ -66,8 +66,7 @@ def mine(
     Raises:
         DataContractError: nothing was mined.
     """
-    wanted = ContrastiveConfig(min_grade=3, interactions=config.interactions, max_pairs=None)
-    pairs = positive_pairs(store, wanted)
+    pairs = every_positive(store, 3, config.interactions)
     copies = Copies(store.product_by_id)
     known = {q: copies.all_of(ids) for q, ids in known_positives(store, pairs).items()}
     asked_for = list(dict.fromkeys(p.query_id for p in pairs))

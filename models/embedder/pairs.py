@@ -62,6 +62,16 @@ def positive_pairs(
     return cut_pairs(pairs, config.max_pairs, config.seed)
 
 
+def every_positive(store: Store, min_grade: int, interactions: Interactions) -> list[PositivePair]:
+    """All positive pairs of the train split, whatever part of them a stage trains on.
+
+    Raises:
+        As `positive_pairs`.
+    """
+    wanted = ContrastiveConfig(min_grade=min_grade, interactions=interactions, max_pairs=None)
+    return positive_pairs(store, wanted)
+
+
 def event_weights(interactions: Interactions) -> Mapping[Event, float]:
     """The weight of a positive by event; events that say nothing are left out.
 

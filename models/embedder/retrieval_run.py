@@ -22,15 +22,15 @@ import torch
 from torch import nn
 
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
-from models.embedder.config import ContrastiveConfig, RetrievalGRPOConfig
+from models.embedder.config import RetrievalGRPOConfig
 from models.embedder.encoder import embed, encode, load_encoder
 from models.embedder.pairs import (
     Copies,
     PositivePair,
     cut_pairs,
+    every_positive,
     known_positives,
     masked_columns,
-    positive_pairs,
 )
 from models.embedder.retrieval_grpo import retrieval_grpo
 from models.errors import ConfigError, DataContractError, DivergenceError, explain
@@ -179,10 +179,7 @@ class Run:
         self.pool = CandidatePool([store.product_by_id[p] for p in ids], bf16=config.bf16)
         self.anchor: list[PositivePair] = []
         if config.sft_weight > 0:
-            wanted = ContrastiveConfig(
-                min_grade=config.min_grade, interactions=config.interactions, max_pairs=None
-            )
-            every = positive_pairs(store, wanted)
+            every = every_positive(store, config.min_grade, config.interactions)
             self.anchor = cut_pairs(every, config.anchor_pairs, config.seed)
             self.known = known_positives(store, every)
             self.copies = Copies(store.product_by_id)
