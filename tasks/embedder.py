@@ -125,7 +125,7 @@ def _index_of_same_vectors(ctx: StageContext, weights: str, dim: int | None) -> 
     return None if found is None else ctx.store.ref(found)
 
 
-@stage(name="embedder_rgrpo", kind="embedder", code_version="8")
+@stage(name="embedder_rgrpo", kind="embedder", code_version="9")
 def embedder_rgrpo(
     ctx: StageContext,
     config: RetrievalGRPOConfig,

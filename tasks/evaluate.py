@@ -19,7 +19,10 @@ JUDGE_TABLE = "judge_table.json"
 RETRIEVAL_TABLE = "retrieval_table.json"
 HEADLINES = {
     "judge": ("n", "macro_f1", "f1_1", "f1_2", "f1_3", "f1_4", "accuracy", "kappa", "spearman"),
-    "retrieval": ("n", "recall@10", "recall@100", "ndcg@10", "mrr@10", "goodrate@10", "quality@10"),
+    "retrieval": (
+        *("n", "recall@10", "recall@100", "ndcg@10", "mrr@10", "goodrate@10", "quality@10"),
+        *("condensed_ndcg@10", "hybrid_ndcg@10", "hybrid_recall@100"),
+    ),
 }
 """Measures of the report; the table has all of them."""
 JUDGED_AT_ONCE = 192
@@ -67,7 +70,7 @@ def evaluate_judge(
     return _publish(ctx, JUDGE_TABLE, "judge", rows)
 
 
-@stage(name="evaluate_retrieval", kind="evaluation", code_version="4")
+@stage(name="evaluate_retrieval", kind="evaluation", code_version="5")
 def evaluate_retrieval(
     ctx: StageContext,
     config: RetrievalEvalConfig,

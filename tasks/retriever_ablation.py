@@ -19,7 +19,7 @@ GOOD_K = 10
 Channel = Literal["random", "bm25", "encoder"]
 
 
-@stage(name="retriever_row", kind="evaluation", code_version="2")
+@stage(name="retriever_row", kind="evaluation", code_version="3")
 def retriever_row(
     ctx: StageContext,
     config: RetrievalEvalConfig,

@@ -178,6 +178,9 @@ class RetrievalGRPOConfig(BaseModel):
     val_reward_queries: int = Field(default=32, ge=1)
     """Validation queries whose results the judge reads, `recall_k` products each; rewards that ask
     no model are read on all `val_queries`."""
+    order_products: int = Field(default=256, ge=0)
+    """Labelled validation products, up to 8 a query, on which the rewards' order is compared with
+    the encoder's: what Retrieval-GRPO could learn. 0 leaves it out."""
     guard: tuple[str, ...] = ("relevance", "quality")
     """Rewards whose validation mean may not fall below the start's beyond noise, where in use."""
     recall_k: int = Field(default=10, ge=1)

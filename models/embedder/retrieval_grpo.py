@@ -221,11 +221,13 @@ def train_retrieval_grpo(
     Logs `embedder/rgrpo/...`: loss, reward_mean, reward/<name>, reward_std, frac_reward_zero_std,
     kl, clip_ratio, entropy, sft_loss, grad_norm, pool_age (steps since the pool was embedded); at
     each refresh stale_share (of the Top-K that the old pool had missed), val_recall, val_reward,
-    val_reward/<name>, spread.
+    val_reward/<name>, spread, val_order (of the encoder); at the start val_order/<reward>. An order
+    is the share of labelled pairs of one query's products that are in the labels' order; a warning
+    says when the judge's is no better than the encoder's.
 
     Returns:
         the watch's numbers at the start (`start_*`), of the encoder written (`best_*`, `best_step`)
-        and at the end (`last_*`), and `steps`.
+        and at the end (`last_*`), `steps`, and `val_order/<reward>`.
 
     Raises:
         DivergenceError: the loss is not finite, or the encoder collapsed; `out` then holds the best

@@ -24,6 +24,7 @@ from torch import nn
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
 from models.embedder.config import RetrievalGRPOConfig
 from models.embedder.encoder import embed, encode, load_encoder
+from models.embedder.ordering import encoder_order, judged_groups, lead, reward_orders
 from models.embedder.pairs import (
     Copies,
     PositivePair,
@@ -42,6 +43,8 @@ from models.text import product_text
 from models.types import RELEVANT_GRADE, MetricSink, Product, Query
 
 log = logging.getLogger(__name__)
+JUDGE = "relevance"
+"""The reward whose order is compared with the encoder's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ class Watch:
     val_recall: mean share of the relevant products in the Top-k. val_reward: weighted sum of the
     Top-k's mean rewards, each over the queries it is read on. spread: 1 - |mean vector|^2 of the
     pool, 0 when all products coincide. recalls, rewards: the recall of each query and its Top-k's
-    mean of each reward, in the order of the run.
+    mean of each reward, in the order of the run. order: share of labelled pairs of one query's
+    products that the encoder puts in the labels' order; NaN without such pairs.
     """
 
     step: int
@@ -61,12 +65,14 @@ class Watch:
     terms: Mapping[str, float]
     recalls: Sequence[float] = ()
     rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    order: float = math.nan
 
     def numbers(self) -> dict[str, float]:
         """Flat, for a sink."""
         named = {f"val_reward/{name}": value for name, value in self.terms.items()}
         own = {"val_recall": self.val_recall, "val_reward": self.val_reward, "spread": self.spread}
-        return own | named
+        order = {} if math.isnan(self.order) else {"val_order": self.order}
+        return own | order | named
 
 
 def acceptable(watch: Watch, start: Watch, config: RetrievalGRPOConfig) -> bool:
@@ -136,6 +142,7 @@ class Run:
         self._load(encoder_dir)
         self.step = 0
         self.watches: list[Watch] = []
+        self.orders: dict[str, float] = {}
         self.best: Watch | None = None
 
     def _load(self, folder: str) -> None:
@@ -174,6 +181,9 @@ class Run:
         keep = {p for row in self.judged.values() for p in row}
         for relevant in self.val_relevant.values():
             keep |= relevant
+        self.groups = judged_groups(
+            store, "validation", list(self.val_relevant), config.order_products, config.seed
+        )
         catalogue = list(store.product_by_id)
         ids = sample_pool(catalogue, keep, config.pool_size, config.seed)
         self.pool = CandidatePool([store.product_by_id[p] for p in ids], bf16=config.bf16)
@@ -234,7 +244,30 @@ class Run:
         self.ref_pool_ND = self.pool.vectors_ND
         np.savez(self.scratch / "reference.npz", queries=self.ref_queries_QD, pool=self.ref_pool_ND)
         self._look(self._val_vectors())
+        self._compare_orders()
         self._checkpoint()
+
+    def _compare_orders(self) -> None:
+        """Log how each reward orders labelled products, and warn when the judge knows no more than
+        the encoder does.
+        """
+        own = encoder_order(self.encoder, self.groups, self.config.bf16)
+        orders = reward_orders(self.rewards, self.groups)
+        self.orders = {name: order.accuracy for name, order in orders.items()}
+        self.sink.log({f"embedder/rgrpo/val_order/{n}": v for n, v in self.orders.items()}, 0)
+        if JUDGE not in orders:
+            return
+        ahead, error = lead(orders[JUDGE], own)
+        told = (
+            f"of {sum(own.pairs)} pairs of one query's products ({len(self.groups)} queries) the "
+            f"judge has {self.orders[JUDGE]:.0%} in the labels' order, the encoder "
+            f"{own.accuracy:.0%}; a lead of {100 * ahead:.0f} points, standard error "
+            f"{100 * error:.0f}"
+        )
+        if ahead > error:
+            log.info("rgrpo: %s", told)
+        else:
+            log.warning("rgrpo: %s; it has little to teach (infra/LOG.md, 'Who can teach')", told)
 
     def _refresh(self) -> None:
         """Embed the pool anew, and say how wrong the old one had become."""
@@ -426,6 +459,7 @@ class Run:
             terms={name: float(values.mean()) for name, values in terms.items()},
             recalls=recalls,
             rewards={name: values.mean(1).tolist() for name, values in terms.items()},
+            order=encoder_order(self.encoder, self.groups, config.bf16).accuracy,
         )
 
     def _log_first(
@@ -460,6 +494,7 @@ class Run:
         state = {
             "step": self.step,
             "watches": [dataclasses.asdict(w) for w in self.watches],
+            "orders": self.orders,
             "best": None if self.best is None else dataclasses.asdict(self.best),
         }
         pointer = self.scratch / "state.json.new"
@@ -480,6 +515,7 @@ class Run:
         self.optimiser.load_state_dict(torch.load(folder / "optimiser.pt", weights_only=True))
         self.step = state["step"]
         self.watches = [Watch(**w) for w in state["watches"]]
+        self.orders = state.get("orders", {})  # checkpoints from before had none
         self.best = None if state["best"] is None else Watch(**state["best"])
         self.pool.adopt(np.load(folder / "pool.npy"))
         for reward in self.rewards:
@@ -510,6 +546,7 @@ class Run:
             for name, watch in moments.items()
             for key, value in watch.numbers().items()
         }
+        numbers |= {f"val_order/{name}": value for name, value in self.orders.items()}
         return numbers | {"best_step": float(best.step), "steps": float(self.step)}
 
 

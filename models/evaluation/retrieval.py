@@ -6,8 +6,9 @@ produces one row per run and segment.
 Ours, where names differ between houses: Recall@k is averaged over queries; Hitrate@k pools all
 (query, relevant product) pairs, so that a query weighs by its relevant products; both count
 products of grade >= 3. A query without a relevant product has no recall (NaN, left out of means and
-counted in `n_relevant`). Unjudged products are not relevant, and judged@k says how many there were.
-A product that appears twice in a run counts once, at its best rank.
+counted in `n_relevant`). Unjudged products are not relevant, and judged@k says how many there were;
+condensed_ndcg@k leaves them out of the ranking instead. A product that appears twice in a run
+counts once, at its best rank.
 
 These are full-catalogue retrieval numbers; they compare with no re-ranking nDCG.
 """
@@ -23,6 +24,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from models.errors import DataContractError, explain
+from models.fusion import reciprocal_rank_fusion
 from models.text import product_text, terms
 from models.types import RELEVANT_GRADE, Product, Query
 
@@ -122,6 +124,18 @@ def ndcg(ranking: Sequence[str], grades: Grades, k: int = 10, gains: Gains = EXP
     return _discounted(gains[grades[p]] if p in grades else 0.0 for p in top(ranking, k)) / best
 
 
+def condensed(ranking: Sequence[str], grades: Grades) -> list[str]:
+    """The judged products of a ranking, in its order: its condensed list [Sakai 2007].
+
+    Where few products are judged, nDCG punishes whatever the labels' own search engine had not
+    found. nDCG of the condensed list asks only whether the judged ones found are in order.
+
+    >>> condensed(["x", "b", "a"], {"a": 4, "b": 1})
+    ['b', 'a']
+    """
+    return [p for p in ranking if p in grades]
+
+
 def _discounted(gains: Iterable[float]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
@@ -201,7 +215,9 @@ def per_query(
     """{metric: {query_id: value}} over the queries of `qrels`; a query the run lacks found nothing.
 
     Metrics: recall@k, judged@k for each k; ndcg@10, mrr@10, precision@10, lexical_overlap@10;
-    goodrate@10 with a judge, quality@10 with levels, bm25_overlap@10 with the lexical run.
+    condensed_ndcg@10, of the run as deep as it is read; goodrate@10 with a judge, quality@10 with
+    levels; with the lexical run bm25_overlap@10, and ndcg@10 and recall@k of both fused by
+    reciprocal rank, as `hybrid_*`: what the run is worth beside it.
     """
     out: dict[str, dict[str, float]] = {}
     for q, grades in qrels.items():
@@ -210,6 +226,7 @@ def per_query(
         values = {f"recall@{k}": recall(ranking, grades, k) for k in ks}
         values |= {f"judged@{k}": judged(ranking, grades, k) for k in ks}
         values["ndcg@10"] = ndcg(ranking, grades, 10, gains)
+        values["condensed_ndcg@10"] = ndcg(condensed(ranking, grades), grades, 10, gains)
         values["mrr@10"] = mrr(ranking, grades, 10)
         values["precision@10"] = precision(ranking, grades, 10)
         values["lexical_overlap@10"] = lexical_overlap(queries[q], shown)
@@ -218,7 +235,11 @@ def per_query(
         if quality is not None:
             values["quality@10"] = item_quality(ranking, quality, 10)
         if lexical is not None:
-            values["bm25_overlap@10"] = channel_overlap(ranking, lexical.get(q, ()), 10)
+            words = top(lexical.get(q, ()), len(ranking))
+            values["bm25_overlap@10"] = channel_overlap(ranking, words, 10)
+            both = [p for p, _ in reciprocal_rank_fusion([ranking, words], max(*ks, 10))]
+            values["hybrid_ndcg@10"] = ndcg(both, grades, 10, gains)
+            values |= {f"hybrid_recall@{k}": recall(both, grades, k) for k in ks}
         for name, value in values.items():
             out.setdefault(name, {})[q] = value
     return out
@@ -239,7 +260,7 @@ def evaluate_runs(
 
     Args:
         runs: by name, in the order of the table; the one named `lexical`, if there, is the channel
-            that bm25_overlap@10 compares with.
+            that bm25_overlap@10 compares with and that `hybrid_*` fuses each run with.
 
     Returns:
         rows with run, segment, n (queries), n_relevant (queries with a relevant product), hitrate@k

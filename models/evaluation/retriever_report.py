@@ -12,7 +12,8 @@ from typing import Any
 Row = Mapping[str, Any]
 PERCENT = (
     "hitrate@100 recall@10 recall@100 ndcg@10 mrr@10 goodrate@10 judged@10 judged@100 "
-    "lexical_overlap@10 bm25_overlap@10 quality@10"
+    "condensed_ndcg@10 hybrid_ndcg@10 hybrid_recall@100 lexical_overlap@10 bm25_overlap@10 "
+    "quality@10"
 ).split()
 """Columns, in percent; those no row has are left out."""
 INTERVALS = ("hitrate@100", "ndcg@10", "goodrate@10")

@@ -50,7 +50,7 @@ def row_parts(
 
     Args:
         good: 1, 0 or NaN (not read) for each shown product; None: no Goodrate.
-        lexical: the BM25 run that bm25_overlap@10 compares with.
+        lexical: the BM25 run that bm25_overlap@10 compares with and `hybrid_*` fuses with.
     """
     plain = per_query(run, qrels, queries, products, None, quality, ks, lexical=lexical)
     out = {

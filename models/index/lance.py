@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.errors import ArtifactError, ConfigError, explain
+from models.fusion import reciprocal_rank_fusion
 from models.index.facts import IndexFacts
 from models.index.filters import one_of
-from models.index.hybrid import reciprocal_rank_fusion
 from models.index.rows import cut, schema, to_product
 from models.text import terms
 from models.types import Product

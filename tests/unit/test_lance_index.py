@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 
 from models.errors import ArtifactError, ConfigError
+from models.fusion import reciprocal_rank_fusion
 from models.index.build import build_index, measured_facts
 from models.index.config import IndexConfig
 from models.index.exact import ExactIndex
 from models.index.facts import IndexFacts
 from models.index.filters import Filters
-from models.index.hybrid import reciprocal_rank_fusion
 from models.index.lance import LanceIndex
 from models.index.recall import check
 from models.index.rows import columns, record_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from models.embedder import retrieval_run
+from models.embedder import ordering, retrieval_run
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
 from models.embedder.config import RetrievalGRPOConfig
 from models.embedder.encoder import encode, load_encoder
@@ -37,6 +38,7 @@ from models.types import Product, Query
 KINDS = ("sofa", "lamp", "rug", "mug", "hat", "desk")
 MAKERS = ("acme", "zed", "bolt", "fern", "grit", "halo")
 TAU = 0.05
+RUNS = ("straight", "resumed")
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +351,7 @@ def test_the_watch_reads_what_asks_no_model_on_every_validation_query(
             asked.append(len(queries))
             return np.full((len(queries), len(candidates[0])), 0.25, dtype=np.float32)
 
-    config = FAST.model_copy(update={"steps": 1, "val_reward_queries": 2})
+    config = FAST.model_copy(update={"steps": 1, "val_reward_queries": 2, "order_products": 0})
     sink, scratch = ListSink(), tmp_path / "s"
     run = Run(str(encoder_dir), store, [Costly(), quality], config, scratch, sink, "cpu")
     run._start()
@@ -462,8 +464,7 @@ def test_resumed_equals_straight(
     assert not (tmp_path / "resumed").exists()
     train("resumed")
     straight, resumed = (
-        encode(load_encoder(str(tmp_path / f"{n}-scratch" / "step-12")), ["sofa new"])
-        for n in ("straight", "resumed")
+        encode(load_encoder(str(tmp_path / f"{n}-scratch" / "step-12")), ["sofa new"]) for n in RUNS
     )
     assert np.allclose(straight, resumed, atol=1e-6)
 
@@ -482,6 +483,38 @@ class KindJudge:
         return (bool(new) and not before) + len(new) + len(pairs)
 
 
+class QueryJudge(KindJudge):
+    """Tells queries apart, and no two products of one."""
+
+    def score(self, pairs: Sequence[tuple[Query, Product]]) -> list[list[float]]:
+        good = [0.9 if q.text < "m" else 0.2 for q, _ in pairs]
+        return [[1 - g, 0.0, 0.0, g] for g in good]
+
+
+@pytest.mark.parametrize(("judge", "knows"), [(KindJudge(), 1.0), (QueryJudge(), 0.5)])
+def test_a_judge_that_orders_no_better_than_the_encoder_is_named(
+    store: Store,
+    encoder_dir: Path,
+    tmp_path: Path,
+    judge: KindJudge,
+    knows: float,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Advantages are centred by query: a judge that tells queries apart teaches nothing."""
+    caplog.set_level("INFO", logger="models.embedder.retrieval_run")
+    monkeypatch.setattr(ordering, "PER_QUERY", len(store.product_by_id))
+    reward = JudgeRelevance(judge, ScoreCache(":memory:", "v1"))
+    folders, sink = (tmp_path / "out", tmp_path / "s"), ListSink()
+    numbers = train_retrieval_grpo(str(encoder_dir), store, [reward], FAST, *folders, sink)
+    assert numbers["val_order/relevance"] == numbers["val_order/reward"] == knows
+    assert sink.series("embedder/rgrpo/val_order/relevance") == [knows]
+    assert len(sink.series("embedder/rgrpo/val_order")) == 1 + FAST.steps // FAST.refresh_every
+    assert 0.5 < numbers["start_val_order"] < 1.0
+    warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert [f"the judge has {knows:.0%}" in m for m in warned] == [True] * (knows < 1)
+
+
 def test_a_resumed_run_counts_what_it_asked_before(
     store: Store, encoder_dir: Path, tmp_path: Path
 ) -> None:
@@ -498,6 +531,8 @@ def test_a_resumed_run_counts_what_it_asked_before(
     with dying_at_step(9):
         train("resumed")
     resumed = train("resumed")
+    kept = [json.loads((tmp_path / f"{n}-scratch" / "state.json").read_text()) for n in RUNS]
+    assert kept[0]["orders"] == kept[1]["orders"] == {"relevance": 1.0, "reward": 1.0}
     assert (resumed.num_pairs, resumed.num_tokens) == (straight.num_pairs, straight.num_tokens)
     assert straight.num_tokens == 1 + len(straight.state()["query_ids"]) + straight.num_pairs
     # what the judge read after the checkpoint of step 8 is the cache's at the second start

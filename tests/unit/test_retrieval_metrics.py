@@ -97,6 +97,28 @@ def test_judge_quality_and_channel_columns() -> None:
     assert dense["bm25_overlap@10"] == 1 / 2
 
 
+def test_unjudged_products_cost_ndcg_and_not_its_condensed_kind() -> None:
+    queries, qrels = {"q": Query("q", "x")}, {"q": {"a": 4, "b": 2}}
+    runs = {"first": {"q": ["u", "v", "a", "b"]}, "last": {"q": ["u", "v", "b", "a"]}}
+    first, last = (r for r in m.evaluate_runs(runs, qrels, queries, {}) if r["segment"] == "all")
+    assert (first["ndcg@10"], first["condensed_ndcg@10"]) == (pytest.approx(0.5, abs=0.05), 1.0)
+    assert last["condensed_ndcg@10"] == m.ndcg(["b", "a"], qrels["q"])
+
+
+def test_a_run_is_also_measured_beside_the_lexical_channel() -> None:
+    """Fused by reciprocal rank: what both find comes first, and neither's own find is lost."""
+    queries, qrels = {"q": Query("q", "x")}, {"q": {"a": 4, "b": 4}}
+    runs = {"bm25": {"q": ["a", "u"]}, "dense": {"q": ["v", "b"]}, "same": {"q": ["a", "u"]}}
+    rows = {r["run"]: r for r in m.evaluate_runs(runs, qrels, queries, {}) if r["segment"] == "all"}
+    assert rows["dense"]["recall@10"] == 0.5
+    assert rows["dense"]["hybrid_recall@10"] == 1.0
+    fused = ["v", "a", "b", "u"]  # of equal ranks the run's own comes first
+    assert rows["dense"]["hybrid_ndcg@10"] == m.ndcg(fused, qrels["q"])
+    assert rows["same"]["hybrid_ndcg@10"] == rows["same"]["ndcg@10"]
+    alone = m.evaluate_runs({"dense": runs["dense"]}, qrels, queries, {})
+    assert not any(name.startswith("hybrid") for name in alone[0])
+
+
 def test_unknown_queries_are_refused() -> None:
     with pytest.raises(DataContractError, match="unknown"):
         m.evaluate_runs({"run": {}}, {"q": {"a": 4}}, {}, {})
@@ -124,6 +146,7 @@ def test_equal_to_ir_measures(tmp_path: Path) -> None:
         "r": ir.R(rel=2) @ 20,
         "linear": ir.nDCG @ 10,
         "exponential": ir.nDCG(gains={0: 0, 1: 1, 2: 3, 3: 7}) @ 10,
+        "condensed": ir.nDCG(judged_only=True) @ 10,
     }
     theirs: dict[str, dict[str, float]] = {}
     read = list(ir.read_trec_qrels(str(tmp_path / "qrels.txt")))
@@ -137,6 +160,7 @@ def test_equal_to_ir_measures(tmp_path: Path) -> None:
             "r": m.recall(run[q], grades, 20),
             "linear": m.ndcg(run[q], grades, 10, m.LINEAR),
             "exponential": m.ndcg(run[q], grades, 10, m.EXPONENTIAL),
+            "condensed": m.ndcg(m.condensed(run[q], grades), grades, 10, m.LINEAR),
         }
         for name, value in ours.items():
             assert value == pytest.approx(theirs[name][q], abs=1e-9), (name, q)
