@@ -60,6 +60,7 @@ _UNSAMPLED = (
     "judge.grpo.max_refills=0",
     "judge.grpo.gamma=null",
     "judge.grpo.pool.max_confidence=null",
+    "judge.grpo.pool.balanced=false",
 )
 
 
@@ -115,14 +116,14 @@ def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
             "grpo",
             "+ GRPO",
             "grpo",
-            "GRPO on a random class-balanced pool, reward 1 for the gold grade, no refills",
+            "GRPO on a random pool, reward 1 for the gold grade, no refills",
             (_RESPOND, _NO_REPLAY, _OUTCOME, *_UNSAMPLED),
         ),
         JudgeRow(
             "sampling",
             "+ dynamic sampling",
             "grpo",
-            "a pool of unsure pairs; groups of the wrong difficulty are replaced",
+            "a class-balanced pool of unsure pairs; groups of the wrong difficulty are replaced",
             (_RESPOND, _NO_REPLAY, _OUTCOME),
         ),
         JudgeRow(

@@ -194,7 +194,7 @@ def small(store: str = "synthetic") -> PipelineConfig:
                 optimiser=gentle.model_copy(update={"lr": 2e-6}), micro_batch=6, accumulate=1
             ),
             grpo=GrpoConfig(
-                optimiser=gentle,
+                optimiser=gentle.model_copy(update={"checkpoint_every": 1}),  # a step is minutes
                 pool=PoolConfig(candidates=72, size=36),
                 steps=3,
                 prompts_per_step=4,
@@ -254,7 +254,7 @@ def smoke(store: str = "synthetic") -> PipelineConfig:
             pass_at_n=PassAtNConfig(prompts=24, samples=4, max_new_tokens=96),
             dpo=DpoConfig(optimiser=gentle),
             grpo=GrpoConfig(
-                optimiser=gentle,
+                optimiser=gentle.model_copy(update={"checkpoint_every": 1}),
                 pool=PoolConfig(candidates=60, size=32),
                 steps=3,
                 prompts_per_step=4,
@@ -307,7 +307,8 @@ def full(store: str = "synthetic") -> PipelineConfig:
                 prompts_per_step=64,
                 group_size=16,
                 max_new_tokens=256,
-                responses_at_once=128,
+                responses_at_once=16,  # logits of 16 x 256 tokens, 150,000 words: 2.5 GB
+                rollouts_at_once=512,
                 replay=ReplayConfig(prompts_per_step=32, capacity=512),
             ),
             calibration=CalibrationConfig(max_pairs=5000),

@@ -69,7 +69,7 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     spec.write(ctx.out)
 
 
-@stage(name="judge_teacher", kind="data", code_version="5")
+@stage(name="judge_teacher", kind="data", code_version="6")
 def judge_teacher(
     ctx: StageContext,
     config: TeacherConfig,
@@ -158,7 +158,7 @@ def judge_probe(
     )
 
 
-@stage(name="judge_pass_at_n", kind="judge", code_version="6")
+@stage(name="judge_pass_at_n", kind="judge", code_version="7")
 def judge_pass_at_n(
     ctx: StageContext,
     config: PassAtNConfig,
@@ -215,7 +215,7 @@ def judge_dpo(
     )
 
 
-@stage(name="judge_grpo", kind="judge", code_version="8")
+@stage(name="judge_grpo", kind="judge", code_version="9")
 def judge_grpo(
     ctx: StageContext,
     config: GrpoConfig,

@@ -310,7 +310,9 @@ class GrpoConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    optimiser: OptimiserConfig = OptimiserConfig(lr=1e-6, schedule="constant_with_warmup")
+    optimiser: OptimiserConfig = OptimiserConfig(
+        lr=1e-6, schedule="constant_with_warmup", checkpoint_every=5
+    )
     """lr 1e-6 for a whole-model fine-tune [TaoSR1 s3.3, sister paper]."""
     pool: PoolConfig = PoolConfig()
     reward: RuleRewardConfig = RuleRewardConfig()
@@ -343,6 +345,8 @@ class GrpoConfig(BaseModel):
     """Leave responses that hit max_new_tokens out of the loss altogether."""
     responses_at_once: int = Field(32, ge=1)
     """Responses in one forward of the update."""
+    rollouts_at_once: int = Field(64, ge=1)
+    """Responses decoded together, whole groups of them."""
     replay: ReplayConfig | None = None
     """Adaptive guided replay; None is TaoSR1's plain GRPO."""
 

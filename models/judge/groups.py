@@ -91,6 +91,7 @@ class GroupDraw:
             generator=generator,
             temperature=config.temperature,
             top_k=config.top_k,
+            rows_at_once=config.rollouts_at_once,
         )
 
     def judge(self, index: int, rollout: Rollout, forced: Segment = ()) -> Judged:

@@ -11,9 +11,10 @@ reported. Confidence can be left out: the pool is then drawn at random.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,14 @@ from models.errors import DataContractError, explain
 from models.judge.config import PoolConfig
 from models.types import GRADES, Pair
 
+log = logging.getLogger(__name__)
+
 
 def choose_pool(
     pairs: Sequence[Pair], confidence: np.ndarray | None, config: PoolConfig, seed: int = 0
 ) -> tuple[list[Pair], dict[str, float]]:
-    """The pool and what it looks like: size, label_cv, share under the confidence bound.
+    """The pool and what it looks like: size, label_cv over all four grades, share under the
+    confidence bound.
 
     Args:
         confidence: [N] largest grade probability of each pair; None where
@@ -53,11 +57,29 @@ def choose_pool(
         chosen = [i for g in present for i in by_grade[g][: max(quota, 1)]]
     else:
         chosen = [int(i) for i in order[: config.size]]
-    counts = np.array([c for c in Counter(pairs[i].grade for i in chosen).values()], dtype=float)
+    drawn = Counter(pairs[i].grade for i in chosen)
+    counts = np.array([drawn[g] for g in GRADES], dtype=float)
+    _warn(drawn, len(pairs), config.size)
     facts = {"pool/size": len(chosen), "pool/label_cv": float(counts.std() / counts.mean())}
     if confidence is not None and bound is not None:
         facts["pool/unsure_share"] = float(np.mean(confidence[chosen] < bound))
     return [pairs[i] for i in chosen], facts
+
+
+def _warn(drawn: Counter[int], candidates: int, size: int) -> None:
+    """Say which grades the pool lacks, or that a rare one has made it small."""
+    absent = [g for g in GRADES if not drawn[g]]
+    if absent:
+        log.warning("rl pool: no pair of grade %s among %d candidates", absent, candidates)
+    elif drawn.total() < size / 2:
+        rarest = min(GRADES, key=lambda g: drawn[g])
+        log.warning(
+            "rl pool: %d pairs where %d were asked for, as grade %d has no more; raise "
+            "judge.grpo.pool.candidates",
+            drawn.total(),
+            size,
+            rarest,
+        )
 
 
 class PromptPool:
@@ -70,16 +92,20 @@ class PromptPool:
         self.epochs = 0
         self.passes: dict[int, list[float]] = {}
 
-    def take(self, count: int) -> list[int]:
-        """The next `count` indices; a new shuffled epoch begins when the last one is used up."""
+    def take(self, count: int, avoid: Collection[int] = ()) -> list[int]:
+        """The next `count` indices that are not in `avoid`, fewer where the pool has no others.
+
+        A new shuffled epoch begins when the last one is used up. What has to wait comes next time.
+        """
         out: list[int] = []
-        while len(out) < min(count, self.size):
+        waiting: list[int] = []
+        while len(out) < min(count, self.size - len(set(avoid))):
             if not self._queue:
                 self._queue = self._rng.sample(range(self.size), self.size)
                 self.epochs += 1
-            if self._queue[-1] in out:
-                break
-            out.append(self._queue.pop())
+            index = self._queue.pop()
+            (waiting if index in avoid or index in out else out).append(index)
+        self._queue += reversed(waiting)
         return out
 
     def record(self, index: int, pass_rate: float) -> None:

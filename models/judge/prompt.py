@@ -62,9 +62,7 @@ class PromptEncoder:
         self._open, self._middle, self._close = _chat_markers(tokenizer)
         self.text = PairText(tokenizer, spec)
         self.end_id: int = tokenizer.eos_token_id
-        self.label_ids: list[int] = [
-            tokenizer.encode(g, add_special_tokens=False)[0] for g in "1234"
-        ]
+        self.label_ids = _label_ids(tokenizer)
         rules = "\n".join(r.text for r in self.rule_base.always)
         system = f"Grade how well an item answers a search query.\n{rules}"
         self.root: Segment = self.segment(self._open + system + self._middle)
@@ -112,6 +110,20 @@ class PromptEncoder:
     def decode(self, ids: Segment) -> str:
         """Text of a sampled response, end token dropped."""
         return self.tokenizer.decode([i for i in ids if i != self.end_id])
+
+
+def _label_ids(tokenizer: Any) -> list[int]:
+    """The token of each grade.
+
+    Raises:
+        ConfigError: the tokenizer does not write each grade as one token of its own.
+    """
+    written = {grade: tokenizer.encode(grade, add_special_tokens=False) for grade in "1234"}
+    ids = [tokens[0] for tokens in written.values() if len(tokens) == 1]
+    if len(set(ids)) < len(written):
+        got = f"a tokenizer that writes the grades as {written}"
+        raise ConfigError(explain(got, "one token a digit, each its own", "take another base"))
+    return ids
 
 
 def _chat_markers(tokenizer: Any) -> tuple[str, str, str]:

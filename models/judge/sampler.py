@@ -78,7 +78,9 @@ class GroupSampler:
         kept_groups, seen, refilled, rounds = 0, 0, 0, 0
         every: list[Judged] = []
         while kept_groups < config.prompts_per_step and rounds <= config.max_refills:
-            indices = self.pool.take(config.prompts_per_step - kept_groups)
+            indices = self.pool.take(config.prompts_per_step - kept_groups, avoid=groups)
+            if not indices:
+                break  # every prompt of the pool has been asked in this step
             prompts = [self.prompts[i] for i in indices]
             drawn = self.draw.rollouts(prompts, config.group_size, self.generator)
             for index, rollouts in zip(indices, drawn, strict=True):

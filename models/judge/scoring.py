@@ -18,7 +18,7 @@ from models.judge.prompt import PromptEncoder
 from models.judge.spec import JudgeSpec
 from models.lm.precision import has_bf16
 from models.lm.rollout import sample
-from models.lm.shared_prefix import Frontier, PromptTree, SharedPrefixLM, build_tree
+from models.lm.shared_prefix import Frontier, PromptTree, Segment, SharedPrefixLM, build_tree
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.weights import Dtype, load_lm
 from models.teacher.response import thought
@@ -136,12 +136,29 @@ def chunks(
     desc: str = "",
     pass_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], PromptTree]]:
-    """Places of prompts without their rules and the tree of those, neighbours by query and length.
+    """Places of prompts without their rules and the tree of those: whole queries, of like length.
 
     desc: of a progress bar; none without it. pass_tokens: as for `build_tree`.
     """
-    order = sorted(range(len(tails)), key=lambda i: (tails[i][0], len(tails[i][1])))
-    starts = range(0, len(order), rows_at_once)
-    for start in tqdm(starts, desc=desc, disable=not desc, leave=False):
-        rows = order[start : start + rows_at_once]
+    filled = _filled(tails, rows_at_once)
+    for rows in tqdm(filled, desc=desc, disable=not desc, leave=False):
         yield rows, build_tree([tails[i] for i in rows], pass_tokens)
+
+
+def _filled(tails: Sequence[TokenPath], rows_at_once: int) -> list[list[int]]:
+    """Places by chunk. A row is padded to the longest of its chunk, so queries are in the order of
+    their longest row; one is cut only where it fills a chunk by itself.
+    """
+    length = [sum(map(len, tail[1:])) for tail in tails]
+    of_query: dict[Segment, list[int]] = {}
+    for i in sorted(range(len(tails)), key=lambda i: length[i]):
+        of_query.setdefault(tails[i][0], []).append(i)
+    ordered = sorted(of_query.items(), key=lambda item: (length[item[1][-1]], item[0]))
+    out: list[list[int]] = []
+    for _, rows in ordered:
+        for start in range(0, len(rows), rows_at_once):
+            part = rows[start : start + rows_at_once]
+            if not out or len(out[-1]) + len(part) > rows_at_once:
+                out.append([])
+            out[-1] += part
+    return out

@@ -60,14 +60,17 @@ def sample(
     model.eval()
     chunk = max(1, rows_at_once // group_size)
     groups: list[list[Rollout]] = []
-    with adapters_merged(model.lm):
-        for start in tqdm(range(0, len(prompts), chunk), desc=desc, disable=not desc, leave=False):
-            part = prompts[start : start + chunk]
-            rollouts = _decode(
-                model, part, group_size, max_new_tokens, end_id, generator, temperature, top_k
-            )
-            groups += [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    model.train(was_training)
+    starts = range(0, len(prompts), chunk)
+    try:
+        with adapters_merged(model.lm):
+            for start in tqdm(starts, desc=desc, disable=not desc, leave=False):
+                part = prompts[start : start + chunk]
+                drawn = _decode(
+                    model, part, group_size, max_new_tokens, end_id, generator, temperature, top_k
+                )
+                groups += [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
+    finally:
+        model.train(was_training)
     return groups
 
 

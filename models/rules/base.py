@@ -67,15 +67,39 @@ def load_rules(name: str) -> RuleBase:
     """The rule base `name` (a file in this folder, or a path to a JSON file of your own).
 
     Raises:
-        ConfigError: no such rule base, or a rule with an unknown scope.
+        ConfigError: no such rule base, or a file that holds none.
     """
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
         known = sorted(p.stem for p in FOLDER.glob("*.json"))
         raise ConfigError(explain(f"rules {name!r}", f"one of {known} or a .json file", "fix it"))
-    rules = tuple(Rule(**row) for row in json.loads(path.read_text(encoding="utf-8")))
-    for rule in rules:
-        if rule.scope != "always" and rule.scope not in TRIGGERS:
-            scopes = ["always", *TRIGGERS]
-            raise ConfigError(explain(f"scope {rule.scope!r} of {rule.id}", scopes, f"edit {path}"))
+    try:
+        rules = _rules(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as problem:  # among them: no JSON, not UTF-8
+        expected = 'a JSON list of {"id", "text", "scope"}, each id once, nothing empty, scopes of '
+        expected += ", ".join(["always", *TRIGGERS])
+        raise ConfigError(explain(f"{path}: {problem}", expected, "edit it")) from None
     return RuleBase(name, rules)
+
+
+def _rules(rows: object) -> tuple[Rule, ...]:
+    """The rules of a parsed file.
+
+    Raises:
+        ValueError: what is wrong with them, in words.
+    """
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("no list of rules" if not isinstance(rows, list) else "an empty list")
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or set(row) != {"id", "text", "scope"}:
+            raise ValueError(f"rule {number} is {json.dumps(row)[:80]}")
+        empty = [k for k, v in row.items() if not isinstance(v, str) or not v.strip()]
+        if empty:
+            raise ValueError(f"rule {number} has no text as {', '.join(empty)}")
+        if row["id"] in seen:
+            raise ValueError(f"a second rule {row['id']!r}")
+        if row["scope"] != "always" and row["scope"] not in TRIGGERS:
+            raise ValueError(f"scope {row['scope']!r} of rule {row['id']}")
+        seen.add(row["id"])
+    return tuple(Rule(**row) for row in rows)

@@ -6,14 +6,30 @@ rewards, the contradiction rate and the teacher all read this one table.
 
 from __future__ import annotations
 
+import re
+
 from models.types import Category, Verdicts
+
+FIRM = re.compile(r"(?:not|no|without|other brand|price)\b", re.I)
+"""How the name of a firm wish begins: exclusions and price limits, which the rule bases' N1, P1 and
+HX put at grade 2 at most where they fail."""
+
+
+def is_firm(attribute: str) -> bool:
+    """Whether an item that fails this wish is a mismatch whatever else it has.
+
+    >>> [is_firm(name) for name in ("not leather", "price", "colour", "notebook")]
+    [True, True, False, False]
+    """
+    return FIRM.match(attribute) is not None
 
 
 def allowed_grades(verdicts: Verdicts) -> frozenset[int]:
     """Grades consistent with the stated verdicts.
 
     mismatch -> {1}; related -> {1, 2}; match and every attribute holds (or none is asked) ->
-    {3, 4}; match and some attribute fails -> {2, 3}; match and all of several fail -> {2}.
+    {3, 4}; match and some attribute fails -> {2, 3}; match and a firm one or all of several fail ->
+    {2}.
 
     >>> sorted(allowed_grades(Verdicts(Category.MATCH, (("colour", True), ("size", False)))))
     [2, 3]
@@ -27,7 +43,8 @@ def allowed_grades(verdicts: Verdicts) -> frozenset[int]:
     share = verdicts.share_holding
     if share is None or share == 1.0:
         return frozenset({3, 4})
-    if share == 0.0 and len(verdicts.attributes) > 1:
+    firm = any(is_firm(name) for name, holds in verdicts.attributes if not holds)
+    if firm or (share == 0.0 and len(verdicts.attributes) > 1):
         return frozenset({2})
     return frozenset({2, 3})
 
@@ -36,7 +53,8 @@ def leading_to(grade: int, verdicts: Verdicts) -> Verdicts:
     """`verdicts`, changed only as far as `grade` demands.
 
     Grade 1 makes the category a mismatch and grade 2 a sibling's; 3 and 4 make it match, and where
-    attributes still forbid the grade, 4 has all of them hold and 3 keeps the first alone.
+    attributes still forbid the grade, 4 has all of them hold and 3 drops the firm ones that fail,
+    then keeps the first alone.
 
     >>> str(leading_to(4, Verdicts(Category.RELATED, (("colour", False),))).category)
     'match'
@@ -52,7 +70,11 @@ def leading_to(grade: int, verdicts: Verdicts) -> Verdicts:
     if not contradicts(grade, matching):
         return matching
     if grade == 3:
-        return Verdicts(Category.MATCH, verdicts.attributes[:1])
+        soft = tuple(
+            (name, holds) for name, holds in verdicts.attributes if holds or not is_firm(name)
+        )
+        shorter = Verdicts(Category.MATCH, soft)
+        return Verdicts(Category.MATCH, soft[:1]) if contradicts(grade, shorter) else shorter
     return Verdicts(Category.MATCH, tuple((name, True) for name, _ in verdicts.attributes))
 
 

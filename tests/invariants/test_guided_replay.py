@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from models.rules.base import Rule, RuleBase
 from models.teacher.template import gold_verdicts, write
 from models.types import Pair
 from tests.builders import make_pair, make_pairs, make_verdicts
-from tests.invariants.test_judge_training import Killed, KillingSink, by_step, largest_gap
+from tests.invariants.test_judge_training import by_step, largest_gap
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RULES = RuleBase("toy", (Rule("a", "4 fits, 1 does not", "always"),))
@@ -210,12 +213,29 @@ def test_old_log_probs_are_those_of_the_hinted_sampler(judge: str) -> None:
 # resume
 
 
+SUICIDE = """
+import os, signal, sys
+from pathlib import Path
+from tests.invariants.test_guided_replay import MIXED, run, with_replay
+from tests.invariants.test_judge_training import ListSink
+
+class Sink(ListSink):
+    def log(self, metrics, step=None):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+config = with_replay(prompts_per_step=2, max_tries=3)
+run(sys.argv[1], MIXED, Path(sys.argv[2]), config, Sink())
+"""
+
+
 def test_killed_and_resumed_has_the_same_buffer_and_losses(judge: str, tmp_path: Path) -> None:
     config = with_replay(prompts_per_step=2, max_tries=3)
     names = ("loss", "reward", "accuracy", "replay/buffer_size", "replay/responses")
     straight = run(judge, MIXED, tmp_path / "a", config)
-    with pytest.raises(Killed):
-        run(judge, MIXED, tmp_path / "b", config, KillingSink(3))
+    command = [sys.executable, "-c", SUICIDE, judge, str(tmp_path / "b")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     saved = json.loads(
         (tmp_path / "b" / "scratch" / "trainer" / "checkpoint-2" / "sampler.json").read_text()
     )

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.errors import ConfigError, DataContractError, DivergenceError
+from models.judge import dpo as dpo_stage
 from models.judge import groups
 from models.judge.config import (
     DpoConfig,
@@ -53,13 +54,14 @@ from models.judge.preferences import (
 )
 from models.judge.prompt import PromptEncoder
 from models.judge.sampler import GroupSampler
-from models.judge.scoring import ScoringJudge
+from models.judge.scoring import ScoringJudge, chunks
 from models.judge.spec import JudgeSpec
 from models.judge.trainer import JudgeTrainer
 from models.lm.rollout import Rollout
 from models.lm.shared_prefix import ResponseLogps, SharedPrefixLM
 from models.lm.weights import load_lm, load_tokenizer
 from models.metrics import ListSink, NullSink
+from models.objectives.dpo import dpo_loss
 from models.rewards.config import RuleRewardConfig
 from models.teacher.template import gold_verdicts, write
 from models.types import GRADE_NAMES, Pair, Product, Query
@@ -237,7 +239,10 @@ def test_sft_with_adapters_resumes_too(base: str, pairs: list[Pair], tmp_path: P
         except Killed:
             assert name == "b"
     assert largest_gap(tmp_path / "a" / "out", tmp_path / "b" / "out") < 1e-6
+    # trap: an adapter alone is worth what its base's path is; what is saved is the whole model
     assert largest_gap(base, tmp_path / "a" / "out") > 1e-4
+    assert weights(base).keys() == weights(tmp_path / "a" / "out").keys()
+    assert not list((tmp_path / "a" / "out").glob("adapter*"))
 
 
 def test_only_the_asked_layers_are_trained(base: str, pairs: list[Pair], tmp_path: Path) -> None:
@@ -463,6 +468,34 @@ def test_dpo_starts_at_log_two(base: str, pairs: list[Pair], tmp_path: Path) -> 
     assert first == pytest.approx(math.log(2) + 0.3 * nll, abs=1e-5)
 
 
+def test_dpo_compares_sums_over_tokens(
+    base: str, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: log-probs averaged over tokens are another algorithm."""
+    given: list[list[torch.Tensor]] = []
+
+    def loss(*args: Any) -> Any:
+        given.append([a.detach().clone() for a in args[:4]])
+        return dpo_loss(*args)
+
+    monkeypatch.setattr(dpo_stage, "dpo_loss", loss)
+    run_dpo(base, pairs, tmp_path)
+    lm, tokenizer = load_lm(base)
+    encoder = PromptEncoder(tokenizer, SPEC)
+    sums = []
+    for pair in (p for p in pairs if p.grade == 4):
+        prompt = [i for s in encoder.prompt(pair.query, pair.product) for i in s]
+        for preference in make_preferences([pair]):
+            for text in (preference.chosen, preference.rejected):
+                response = list(encoder.response_segment(text))
+                logits = lm(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+                logp = torch.log_softmax(logits, -1)[range(len(response)), response]
+                sums.append(logp.sum().item())
+    want = sorted(sums)
+    for at in (0, 2):  # the policy at step 0, and the reference
+        assert sorted(torch.cat(given[0][at : at + 2]).tolist()) == pytest.approx(want, abs=1e-3)
+
+
 def test_dpo_killed_and_resumed_keeps_its_reference(
     base: str, pairs: list[Pair], tmp_path: Path
 ) -> None:
@@ -606,7 +639,20 @@ def test_a_pool_short_of_unsure_pairs_takes_the_least_sure_of_the_others() -> No
 def test_a_rare_grade_bounds_the_others() -> None:
     pairs = [make_pair(title=f"a {i}", grade=1) for i in range(9)] + [make_pair(grade=4)]
     pool, facts = choose_pool(pairs, np.full(10, 0.5), PoolConfig(size=8))
-    assert Counter(p.grade for p in pool) == {1: 1, 4: 1} and facts["pool/label_cv"] == 0
+    assert Counter(p.grade for p in pool) == {1: 1, 4: 1}
+    assert facts["pool/label_cv"] == 1.0, "grades that are absent count"
+
+
+def test_a_pool_without_a_grade_or_far_too_small_is_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = PoolConfig(size=16, max_confidence=None)
+    choose_pool(make_pairs(40), None, config)
+    assert not caplog.records
+    choose_pool([p for p in make_pairs(40) if p.grade != 3], None, config)
+    choose_pool([p for p in make_pairs(40) if p.grade != 3] + [make_pair(grade=3)], None, config)
+    said = [r.message for r in caplog.records]
+    assert ["no pair of grade [3]" in said[0], "4 pairs where 16" in said[1]] == [True, True]
 
 
 def test_every_prompt_is_handed_out_once_an_epoch() -> None:
@@ -614,12 +660,22 @@ def test_every_prompt_is_handed_out_once_an_epoch() -> None:
     out: list[int] = []
     for count in [3, 1, 4, 2, 7, 5, 3, 6, 2, 2] * 2:
         taken = pool.take(count)
-        assert 0 < len(taken) <= count and len(set(taken)) == len(taken)
+        assert len(set(taken)) == len(taken) == count
         out += taken
     epochs = [out[i : i + 7] for i in range(0, len(out), 7)]
     assert all(sorted(e) == list(range(7)) for e in epochs[:-1])
     assert len({tuple(e) for e in epochs}) == len(epochs)  # each in an order of its own
     assert pool.epochs == len(epochs)
+
+
+def test_what_a_step_has_asked_is_not_asked_again_in_it() -> None:
+    pool = PromptPool(4, seed=1)
+    for _ in range(50):
+        first = pool.take(3)
+        assert len({*first, *pool.take(2, avoid=first)}) == 4, "the fourth, and no other is left"
+        assert pool.take(1, avoid=range(4)) == []
+    handed = [i for _ in range(40) for i in pool.take(1)]
+    assert Counter(handed) == dict.fromkeys(range(4), 10), "what had to wait was not lost"
 
 
 @pytest.mark.parametrize("taken_before", [0, 1, 3, 6])
@@ -703,6 +759,20 @@ def test_refills_are_bounded(judge: str, monkeypatch: pytest.MonkeyPatch, refill
     assert asked == [3] * (1 + refills)
     assert sampler.members == [] and metrics["groups/short"] == 1
     assert metrics["groups/refill_rounds"] == refills
+
+
+def test_a_refill_is_of_prompts_that_the_step_has_not_asked(
+    judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = [make_pair(title=f"sofa {i}", grade=2) for i in range(5)]
+    config = GRPO.model_copy(update={"max_refills": 3})
+    sampler, asked = make_sampler(judge, pool, config, lambda _: ["3"] * 6, monkeypatch)
+    for step in range(1, 4):
+        sampler.refresh()
+        assert asked == [3, 2] * step, "then the pool has no others"
+        assert {i: len(seen) for i, seen in sampler.pool.passes.items()} == dict.fromkeys(
+            range(5), step
+        )
 
 
 def test_a_refill_asks_only_for_what_is_missing(
@@ -924,6 +994,43 @@ def test_score_does_not_depend_on_the_chunks(
     asked = [(p.query, p.product) for p in pairs[:13]]
     other = ScoringJudge(scorer.model, scorer.encoder, rows_at_once=rows)
     assert np.abs(other.score(asked) - scorer.score(asked)).max() < 3e-5
+
+
+def test_chunks_are_whole_queries_of_like_length() -> None:
+    """Rows are padded to the longest of their chunk, and a query is read once a chunk."""
+    rng = random.Random(0)
+    tails = [
+        ((query,), tuple(range(rng.randint(5, 60))))
+        for query in range(30)
+        for _ in range(rng.choice([1, 1, 1, 4, 20]))
+    ]
+    rng.shuffle(tails)
+    filled = [rows for rows, _ in chunks(tails, 16)]
+    assert sorted(i for rows in filled for i in rows) == list(range(len(tails)))
+    assert max(map(len, filled)) <= 16
+    homes: dict[tuple[int, ...], set[int]] = {}
+    for place, rows in enumerate(filled):
+        for i in rows:
+            homes.setdefault(tails[i][0], set()).add(place)
+    size = Counter(query for query, _ in tails)
+    assert all(len(where) == 1 for q, where in homes.items() if size[q] <= 16)
+    single = [((n,), tuple(range(n % 40 + 1))) for n in range(400)]
+    padded = sum(len(rows) * max(len(single[i][1]) for i in rows) for rows, _ in chunks(single, 16))
+    assert padded < 1.06 * sum(len(item) for _, item in single)
+
+
+def test_a_tokenizer_that_cannot_write_the_grades_is_refused(scorer: ScoringJudge) -> None:
+    class Pieces:
+        """Writes a word's beginning as a token of its own."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(scorer.encoder.tokenizer, name)
+
+        def encode(self, text: str, **settings: Any) -> list[int]:
+            return [5, *scorer.encoder.tokenizer.encode(text, **settings)]
+
+    with pytest.raises(ConfigError, match="one token a digit"):
+        PromptEncoder(Pieces(), SPEC)
 
 
 @pytest.mark.parametrize("able", [True, False])

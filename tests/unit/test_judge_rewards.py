@@ -10,7 +10,7 @@ from models.teacher.response import Order, parse_response, render_response
 from models.types import Verdicts
 from tests.builders import make_verdicts
 
-GOLD = make_verdicts("match", colour=True, price=False)
+GOLD = make_verdicts("match", colour=True, size=False)
 CONFIG = RuleRewardConfig(grade=1.0, category=0.2, attributes=0.4, format=0.1)
 POST_COT: Order = "respond_then_think"
 
@@ -31,8 +31,16 @@ def test_right_steps_wrong_grade_keep_partial_credit() -> None:
     assert parts.total == pytest.approx(0.2 + 0.4 + 0.1)
 
 
+@pytest.mark.parametrize(("wish", "gate"), [("not leather", 0), ("price", 0), ("colour", 1)])
+def test_the_gate_knows_firm_wishes(wish: str, gate: int) -> None:
+    """What fails an exclusion or a price limit is a mismatch: the rules say so in the prompt."""
+    stated = make_verdicts("match", **{"sofa": True, wish: False})
+    assert rule_reward(respond(3, stated), 2, stated, CONFIG, POST_COT).gate == gate
+    assert rule_reward(respond(2, stated), 2, stated, CONFIG, POST_COT).gate == 1
+
+
 def test_half_of_the_attributes() -> None:
-    stated = make_verdicts("match", colour=True, price=True)
+    stated = make_verdicts("match", colour=True, size=True)
     assert rule_reward(respond(3, stated), 3, GOLD, CONFIG, POST_COT).total == pytest.approx(1.5)
 
 
@@ -86,7 +94,7 @@ def test_a_label_alone_is_whole_where_no_steps_are_due() -> None:
 
 def test_share_right_counts_missing_and_invented_attributes() -> None:
     assert share_right(make_verdicts(colour=True), GOLD) == pytest.approx(1 / 2)
-    assert share_right(make_verdicts(colour=True, price=False, size=True), GOLD) == pytest.approx(
+    assert share_right(make_verdicts(colour=True, size=False, use=True), GOLD) == pytest.approx(
         2 / 3
     )
     assert share_right(make_verdicts(), make_verdicts()) == 1

@@ -51,6 +51,34 @@ def test_unknown_rule_base_and_scope_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ('[{"id": "A", "text": "x"}]', r"rule 1 is \{"),
+        ('[{"id": "A", "text": "x", "scope": "always", "grade": 4}]', r"rule 1 is \{"),
+        ('["x"]', 'rule 1 is "x"'),
+        ('{"a": 1}', "no list of rules"),
+        ("[]", "an empty list"),
+        ('[{"id": "A"', "delimiter"),
+        ('[{"id": "A", "text": " ", "scope": "always"}]', "rule 1 has no text as text"),
+        ('[{"id": 7, "text": "x", "scope": "always"}]', "rule 1 has no text as id"),
+        ("caf\u00e9", "codec"),
+    ],
+)
+def test_a_file_that_holds_no_rules_is_refused(tmp_path: Path, content: str, wrong: str) -> None:
+    path = tmp_path / "rules.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=f"{wrong}(?s:.*)JSON list of"):
+        load_rules(str(path))
+
+
+def test_two_rules_of_one_id_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps([{"id": "A", "text": "x", "scope": "always"}] * 2))
+    with pytest.raises(ConfigError, match="a second rule 'A'"):
+        load_rules(str(path))
+
+
+@pytest.mark.parametrize(
     ("category", "attributes", "grades"),
     [
         ("mismatch", {"colour": True}, {1}),
@@ -60,6 +88,10 @@ def test_unknown_rule_base_and_scope_are_refused(tmp_path: Path) -> None:
         ("match", {"a": True, "b": False}, {2, 3}),
         ("match", {"a": False}, {2, 3}),
         ("match", {"a": False, "b": False}, {2}),
+        ("match", {"a": True, "not leather": False}, {2}),
+        ("match", {"price": False, "a": True}, {2}),
+        ("match", {"price": True, "not leather": True, "a": False}, {2, 3}),
+        ("match", {"notebook": False}, {2, 3}),
     ],
 )
 def test_rule_table(category: str, attributes: dict[str, bool], grades: set[int]) -> None:
