@@ -325,7 +325,7 @@ def full(store: str = "synthetic") -> PipelineConfig:
                 max_pairs=None,
             ),
             rgrpo=RetrievalGRPOConfig(
-                steps=500, batch_queries=64, k=64, max_queries=None, pool_size=None
+                steps=500, batch_queries=64, k=64, max_queries=None, pool_size=None, chunk=64
             ),
             mining=MiningConfig(max_queries=None, depth=64),
             hard=HardNegativeConfig(steps=500, batch_size=64),

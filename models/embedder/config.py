@@ -197,6 +197,9 @@ class RetrievalGRPOConfig(BaseModel):
     """The run stops when the spread of the product vectors falls below this share of the start."""
     max_tokens: int | None = Field(default=128, ge=8)
     """Longest text in training, in tokens; None: the encoder's own limit."""
+    chunk: int | None = Field(default=None, ge=1)
+    """Texts embedded at once with gradient, by gradient caching: memory for a second forward. None:
+    all of a step."""
     bf16: bool = True
     """bf16 autocast."""
     seed: int = 0

@@ -13,15 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sentence_transformers import SentenceTransformer
 
 from models.embedder.encoder import encode
 from models.rewards.base import Reward, total_reward
 from models.store import Store
 from models.text import product_text
 from models.types import Product, Query
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 PER_QUERY = 8
 """Products of a query that are compared: pairs of one query say much the same."""

@@ -14,10 +14,12 @@ Departures, all ours where the paper is silent:
 7. The run is watched: when validation recall or the embeddings' spread collapses it stops, and the
    encoder written is the best one seen whose recall had not fallen.
 
-The loop is not the Trainer's, since each step's data depend on the live encoder; the loss module
-works inside SentenceTransformerTrainer as well.
+The loop is not the Trainer's, since each step's data depend on the live encoder. Two loss modules
+work inside SentenceTransformerTrainer: `RetrievalGRPOLoss` on candidates and rewards of the data
+set, `InBatchRetrievalGRPOLoss` as the paper has it, on the Top-K of the gathered batch and rewards
+asked for as it goes.
 
-Shapes: Q queries, K candidates, U distinct products of a batch, D dim.
+Shapes: Q queries, K candidates, U distinct products of a batch, P products gathered, D dim.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from models.errors import ConfigError, DivergenceError, explain
 from models.objectives.advantages import group_advantages
 from models.objectives.kl import categorical_kl
 from models.objectives.surrogate import clipped_surrogate
-from models.rewards.base import Reward
+from models.rewards.base import Reward, total_reward
 from models.store import Store
-from models.types import MetricSink
+from models.types import MetricSink, Product, Query
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -110,13 +112,15 @@ class RetrievalGRPOLoss(nn.Module):
     """Retrieval-GRPO as a sentence-transformers loss [TaoSearchEmb s3.2].
 
     Dataset columns: query, candidate_1 .. candidate_K, label = the K rewards of the row. One step a
-    batch (rho = 1), for anyone's SentenceTransformerTrainer; `train_retrieval_grpo` also retrieves
-    and rewards.
+    batch, so rho is 1 and nothing is clipped; dropout is off in here, as rho and KL ask for.
 
     Args:
         model: the encoder that learns.
         reference: the frozen SFT encoder; None: a copy of `model` as it is now.
         towers: "query" stops the gradient at the candidates.
+
+    Raises:
+        ConfigError: `reference` is `model` itself, which would then be frozen.
     """
 
     def __init__(
@@ -125,18 +129,18 @@ class RetrievalGRPOLoss(nn.Module):
         reference: SentenceTransformer | None = None,
         tau: float = 0.05,
         beta: float = 0.1,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
         floor: float = 1e-3,
         towers: Literal["both", "query"] = "both",
         advantage: Literal["full", "positive"] = "full",
     ) -> None:
         super().__init__()
+        if reference is model:
+            what = "the model that learns as its own reference"
+            raise ConfigError(explain(what, "a frozen copy", "leave `reference` out"))
         self.model = model
         frozen = copy.deepcopy(model) if reference is None else reference
         self._reference = [frozen.eval().requires_grad_(False)]  # a list: not saved, not trained
         self.tau, self.beta, self.floor = tau, beta, floor
-        self.clip_low, self.clip_high = clip_low, clip_high
         self.towers, self.advantage = towers, advantage
         self.last_metrics: dict[str, float] = {}
 
@@ -158,47 +162,125 @@ class RetrievalGRPOLoss(nn.Module):
                     "give the dataset a list column `label` with K rewards",
                 )
             )
-        scores_QK = _column_scores(self.model, columns, self.towers)
-        reference = self._reference[0].to(scores_QK.device)
-        with torch.no_grad():
-            ref_scores_QK = _column_scores(reference, columns, self.towers)
-        out = self.objective(scores_QK, labels, ref_scores_QK)
-        self.last_metrics = out.metrics
-        return out.loss
+        query_QD, *candidates = self.vectors(columns)
+        ref_query_QD, *ref_candidates = self.reference_vectors(columns)
+        return self.objective(
+            _cosines(query_QD, torch.stack(candidates, dim=1)),
+            labels,
+            _cosines(ref_query_QD, torch.stack(ref_candidates, dim=1)),
+        )
+
+    def vectors(self, columns: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+        """Unit vectors [Q, D] of each column: queries first, then products."""
+        query_QD, *products = _columns(self.model, columns)
+        if self.towers == "query":
+            products = [product_QD.detach() for product_QD in products]
+        return [query_QD, *products]
+
+    @torch.no_grad()
+    def reference_vectors(self, columns: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+        """The same of the frozen encoder."""
+        return _columns(self._reference[0].to(self.model.device), columns)
 
     def objective(
-        self,
-        scores_QK: torch.Tensor,
-        rewards_QK: torch.Tensor,
-        ref_scores_QK: torch.Tensor,
-        old_scores_QK: torch.Tensor | None = None,
-    ) -> GroupLoss:
-        """`retrieval_grpo` with this module's settings."""
-        return retrieval_grpo(
+        self, scores_QK: torch.Tensor, rewards_QK: torch.Tensor, ref_scores_QK: torch.Tensor
+    ) -> torch.Tensor:
+        """`retrieval_grpo` with this module's settings; its numbers are kept in `last_metrics`."""
+        out = retrieval_grpo(
             scores_QK,
             rewards_QK,
             ref_scores_QK,
-            old_scores_QK,
             tau=self.tau,
             beta=self.beta,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
             floor=self.floor,
             advantage=self.advantage,
         )
+        self.last_metrics = out.metrics
+        return out.loss
 
 
-def _column_scores(
-    model: nn.Module, columns: Sequence[Mapping[str, Any]], towers: str
-) -> torch.Tensor:
-    """Cosines [Q, K] of the first column with each of the others."""
-    vectors = [
+class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
+    """Retrieval-GRPO on the gathered batch, rewarded live [TaoSearchEmb s3.2].
+
+    Dataset columns: query, product, label = the row's place in `pairs`. Candidates of each query
+    are the Top-K by the encoder as it is now among the distinct products of the batch, those of the
+    other processes included where training is distributed (`gather`).
+
+    Args:
+        pairs: the query and product behind every row of the data set, for the rewards to read.
+        rewards: what is maximised, e.g. a `JudgeRelevance`, a `Quality` and an `Exclusivity`.
+        k: candidates of a query.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        pairs: Sequence[tuple[Query, Product]],
+        rewards: Sequence[Reward],
+        k: int = 16,
+        gather: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, **settings)
+        self.pairs, self.rewards, self.k, self.gather = pairs, rewards, k, gather
+
+    def forward(
+        self, sentence_features: Sequence[dict[str, Any]], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss; the numbers behind it, each reward's mean among them, are in `last_metrics`.
+
+        Raises:
+            ConfigError: not two columns and a place a row, or fewer than k distinct products.
+        """
+        from sentence_transformers.util import all_gather, all_gather_with_grad
+
+        columns = list(sentence_features)
+        if labels is None or labels.ndim != 1 or len(columns) != 2:
+            shape = None if labels is None else tuple(labels.shape)
+            got = f"{len(columns)} columns, labels {shape}"
+            what = "columns query and product, and as `label` the row's place in `pairs`"
+            raise ConfigError(explain(got, what, "add the missing column"))
+        query_QD, own_QD = self.vectors(columns)
+        ref_query_QD, ref_own_QD = self.reference_vectors(columns)
+        places_P, product_PD, ref_PD = labels, own_QD, ref_own_QD
+        if self.gather:
+            places_P, ref_PD = all_gather(labels), all_gather(ref_own_QD)
+            product_PD = all_gather_with_grad(own_QD)
+        products = [self.pairs[i][1] for i in places_P.tolist()]
+        first = {p.product_id: place for place, p in reversed(list(enumerate(products)))}
+        distinct = sorted(first.values())
+        if len(distinct) < self.k:
+            got = f"{len(distinct)} distinct products in a batch"
+            raise ConfigError(explain(got, f"at least k = {self.k}", "enlarge the batch, lower k"))
+        product_PD, ref_PD = product_PD[distinct], ref_PD[distinct]
+        chosen_QK = (query_QD @ product_PD.T).float().topk(self.k, dim=1).indices
+        queries = [self.pairs[i][0] for i in labels.tolist()]
+        shown = [[products[distinct[i]] for i in row] for row in chosen_QK.tolist()]
+        total_QK, terms = total_reward(self.rewards, queries, shown)
+        loss = self.objective(
+            _cosines(query_QD, product_PD[chosen_QK]),
+            torch.from_numpy(total_QK).to(query_QD.device),
+            _cosines(ref_query_QD, ref_PD[chosen_QK]),
+        )
+        means = {f"reward/{name}": float(values.mean()) for name, values in terms.items()}
+        self.last_metrics = self.last_metrics | means
+        return loss
+
+
+def _columns(model: nn.Module, columns: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """Unit vectors of each column, without dropout."""
+    was_training = model.training
+    model.eval()
+    found = [
         functional.normalize(model(dict(c))["sentence_embedding"].float(), dim=-1) for c in columns
     ]
-    candidates_QKD = torch.stack(vectors[1:], dim=1)
-    if towers == "query":
-        candidates_QKD = candidates_QKD.detach()
-    return (vectors[0][:, None] * candidates_QKD).sum(-1)  # autocast would make an einsum bf16
+    model.train(was_training)
+    return found
+
+
+def _cosines(query_QD: torch.Tensor, product_QKD: torch.Tensor) -> torch.Tensor:
+    """[Q, K], in float32: autocast would make an einsum bf16."""
+    return (query_QD[:, None] * product_QKD).sum(-1)
 
 
 def train_retrieval_grpo(

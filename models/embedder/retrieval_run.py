@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
+from models.embedder.chunked import CachedTexts, Embed
 from models.embedder.config import RetrievalGRPOConfig
-from models.embedder.encoder import embed, encode, load_encoder
+from models.embedder.encoder import encode, encode_products, load_encoder
 from models.embedder.ordering import encoder_order, judged_groups, lead, reward_orders
 from models.embedder.pairs import (
     Copies,
@@ -115,6 +116,7 @@ class Batch:
 
     rows: np.ndarray  # numbers of the train queries [Q]
     candidates_QK: np.ndarray
+    products_QKD: np.ndarray | None  # as they were chosen by; None: embedded anew, with gradient
     rewards_QK: torch.Tensor
     ref_scores_QK: torch.Tensor
     old_scores_QK: torch.Tensor | None
@@ -287,7 +289,7 @@ class Run:
         vectors_QD = encode(
             self.encoder, [q.text for q in queries], prompt="query", bf16=config.bf16
         )
-        candidates_QK = self._candidates(queries, vectors_QD)
+        candidates_QK, vectors_ND = self._candidates(queries, vectors_QD)
         products = [[self.pool.products[i] for i in row] for row in candidates_QK]
         total, terms = total_reward(self.rewards, queries, products)
         ref_scores = np.einsum(
@@ -298,6 +300,7 @@ class Run:
         batch = Batch(
             rows,
             candidates_QK,
+            None if config.towers == "both" else vectors_ND[candidates_QK],
             torch.from_numpy(total).to(self.device),
             torch.from_numpy(ref_scores).to(self.device),
             None,
@@ -306,7 +309,8 @@ class Run:
         if config.inner_steps == 1:
             return batch
         with torch.no_grad(), autocast(self.device, config.bf16):
-            return dataclasses.replace(batch, old_scores_QK=self._scores(batch))
+            plain = CachedTexts(self.encoder, config.chunk).embed
+            return dataclasses.replace(batch, old_scores_QK=self._scores(batch, plain))
 
     def _query_rows(self, number: int) -> np.ndarray:
         """The queries of batch `number`: seeded permutations, one after the other, nothing kept."""
@@ -319,39 +323,43 @@ class Run:
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.config.seed, 2, epoch)).permutation(len(self.queries))
 
-    def _candidates(self, queries: Sequence[Query], vectors_QD: np.ndarray) -> np.ndarray:
+    def _candidates(
+        self, queries: Sequence[Query], vectors_QD: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pool rows [Q, K] of the Top-K, and the vectors [N, D] of the pool they were chosen by."""
         k = self.config.k
         if self.config.pool == "index":
-            return self.pool.top_k(vectors_QD, k)
+            return self.pool.top_k(vectors_QD, k), self.pool.vectors_ND
         rows = self._gathered(queries)
-        with torch.no_grad(), autocast(self.device, self.config.bf16):
-            texts = [product_text(self.pool.products[i]) for i in rows]
-            vectors_PD = embed(self.encoder, texts, "document").cpu().numpy()
-        return batch_pool(rows, vectors_QD @ vectors_PD.T, k)
+        products = [self.pool.products[i] for i in rows]
+        vectors_PD = encode_products(self.encoder, products, bf16=self.config.bf16)
+        vectors_ND = self.pool.vectors_ND.copy()
+        vectors_ND[rows] = vectors_PD
+        return batch_pool(rows, vectors_QD @ vectors_PD.T, k), vectors_ND
 
     def _gathered(self, queries: Sequence[Query]) -> list[int]:
         """Pool rows of the products judged for the queries, whatever their grade; distinct."""
         ids = dict.fromkeys(p for q in queries for p in self.judged[q.query_id])
         return [self.pool.row_of[p] for p in ids]
 
-    def _scores(self, batch: Batch) -> torch.Tensor:
+    def _scores(self, batch: Batch, embed_texts: Embed) -> torch.Tensor:
         """Live cosines [Q, K] in float32, with gradient to the towers the config names."""
-        texts = [self.queries[i].text for i in batch.rows]
-        q_QD = embed(self.encoder, texts, "query")
-        if self.config.towers == "query":
-            d_QKD = torch.from_numpy(self.pool.vectors_ND[batch.candidates_QK]).to(q_QD)
+        q_QD = embed_texts([self.queries[i].text for i in batch.rows], "query")
+        if batch.products_QKD is not None:
+            d_QKD = torch.from_numpy(batch.products_QKD).to(q_QD)
         else:
             distinct, inverse = np.unique(batch.candidates_QK, return_inverse=True)
             products = [product_text(self.pool.products[i]) for i in distinct]
-            d_UD = embed(self.encoder, products, "document")
+            d_UD = embed_texts(products, "document")
             d_QKD = d_UD[torch.from_numpy(inverse.reshape(batch.candidates_QK.shape))]
         return (q_QD[:, None] * d_QKD).sum(-1)  # autocast would make an einsum bf16
 
     def _update(self, batch: Batch) -> dict[str, float]:
         config = self.config
+        texts = CachedTexts(self.encoder, config.chunk)
         with autocast(self.device, config.bf16):
-            scores_QK = self._scores(batch)
-            anchor = self._anchor_loss()
+            scores_QK = self._scores(batch, texts.embed)
+            anchor = self._anchor_loss(texts.embed)
         group = retrieval_grpo(
             scores_QK,
             batch.rewards_QK,
@@ -379,6 +387,8 @@ class Run:
             parameters["lr"] = self._lr()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        with autocast(self.device, config.bf16):
+            texts.backward()
         norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), config.max_grad_norm)
         self.optimiser.step()
         metrics |= {"grad_norm": float(norm), "pool_age": float(self.pool.age)}
@@ -388,7 +398,7 @@ class Run:
         self.sink.log({f"embedder/rgrpo/{k}": v for k, v in metrics.items()}, self.step)
         return metrics
 
-    def _anchor_loss(self) -> torch.Tensor:
+    def _anchor_loss(self, embed_texts: Embed) -> torch.Tensor:
         """InfoNCE on train positives, in-batch negatives, known positives masked."""
         if not self.anchor:
             return torch.zeros((), device=self.device)
@@ -399,8 +409,8 @@ class Run:
         products = [product_text(self.store.product_by_id[p.product_id]) for p in pairs]
         masked = masked_columns(pairs, self.known, self.copies)
         return infonce(
-            embed(self.encoder, queries, "query"),
-            embed(self.encoder, products, "document"),
+            embed_texts(queries, "query"),
+            embed_texts(products, "document"),
             tau=self.config.tau,
             masked_BP=masked.to(self.device),
             weight_B=torch.tensor([p.weight for p in pairs], device=self.device),

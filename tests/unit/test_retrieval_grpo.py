@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,10 +18,12 @@ import torch
 
 from models.embedder import ordering, retrieval_run
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
+from models.embedder.chunked import CachedTexts
 from models.embedder.config import RetrievalGRPOConfig
-from models.embedder.encoder import encode, load_encoder
+from models.embedder.encoder import embed, encode, load_encoder
 from models.embedder.retrieval_grpo import (
     GroupLoss,
+    InBatchRetrievalGRPOLoss,
     RetrievalGRPOLoss,
     retrieval_grpo,
     train_retrieval_grpo,
@@ -33,8 +37,10 @@ from models.rewards.quality import Quality
 from models.rewards.relevance import JudgeRelevance, ScoreCache
 from models.schemas import TABLES
 from models.store import Store
+from models.text import product_text
 from models.types import Product, Query
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 KINDS = ("sofa", "lamp", "rug", "mug", "hat", "desk")
 MAKERS = ("acme", "zed", "bolt", "fern", "grit", "halo")
 TAU = 0.05
@@ -219,6 +225,193 @@ def test_loss_module_equals_the_function(encoder_dir: Path) -> None:
     assert len(list(loss.parameters())) == len(list(encoder.parameters())), "reference not trained"
 
 
+def test_gradient_of_the_loss_module_is_the_policy_gradient_of_its_encoder(
+    encoder_dir: Path,
+) -> None:
+    """At rho = 1, beta = 0: of J, 1 / (K tau) sum_i A_i grad s_i, in every weight."""
+    encoder = load_encoder(str(encoder_dir))
+    rewards_QK = torch.tensor([[1.0, 0.0], [0.2, 0.9]])
+    advantage_QK = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # two candidates: one std off the mean
+    RetrievalGRPOLoss(encoder.train(), tau=TAU, beta=0.0)(
+        dataset_batch(encoder), rewards_QK
+    ).backward()
+    got = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+    encoder.eval().zero_grad()
+    q_QD, a_QD, b_QD = (
+        torch.nn.functional.normalize(encoder(dict(c))["sentence_embedding"], dim=-1)
+        for c in dataset_batch(encoder)
+    )
+    score_QK = torch.stack([(q_QD * a_QD).sum(1), (q_QD * b_QD).sum(1)], 1)
+    (-(advantage_QK * score_QK).sum(1).mean() / (2 * TAU)).backward()
+    assert len(got) > 5
+    for name, parameter in encoder.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(got[name], parameter.grad, atol=1e-5, rtol=1e-4), name
+
+
+def test_the_learning_model_cannot_be_its_own_reference(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    with pytest.raises(ConfigError, match="its own reference"):
+        RetrievalGRPOLoss(encoder, reference=encoder)
+    assert all(p.requires_grad for p in encoder.parameters())
+
+
+def test_dropout_is_off_in_the_loss_module(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir)).train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    loss = RetrievalGRPOLoss(encoder, tau=TAU)
+    loss(dataset_batch(encoder), torch.tensor([[1.0, 0.0], [0.2, 0.9]]))
+    assert loss.last_metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert encoder.training
+
+
+Pairs = Sequence[tuple[Query, Product]]
+
+
+def batch_of(encoder: Any, pairs: Pairs) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """The tokenised columns of all pairs, and their places."""
+    texts = [q.text for q, _ in pairs], [p.title for _, p in pairs]
+    return [dict(encoder.preprocess(list(t))) for t in texts], torch.arange(len(pairs))
+
+
+def in_batch_pairs(store: Store) -> Pairs:
+    """Six train queries, each with a product; two of them with the same one."""
+    queries = [store.query_by_id[q] for q in store.query_ids("train")][:6]
+    ids = ["acme-sofa", "zed-sofa", "acme-lamp", "zed-rug", "acme-sofa", "halo-mug"]
+    return list(zip(queries, [store.product_by_id[p] for p in ids], strict=True))
+
+
+@pytest.mark.parametrize("towers", ["both", "query"])
+def test_the_batch_is_the_pool_and_rewards_are_live(
+    store: Store, encoder_dir: Path, quality: Quality, towers: Any
+) -> None:
+    """Candidates by the current encoder among the batch's distinct products, as in the paper."""
+    encoder, pairs = load_encoder(str(encoder_dir)), in_batch_pairs(store)
+    loss = InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=3, tau=TAU, towers=towers)
+    columns, places = batch_of(encoder, pairs)
+    got = loss(columns, places)
+    distinct = list({p.product_id: p for _, p in pairs}.values())
+    assert len(distinct) == 5
+    queries_QD = encode(encoder, [q.text for q, _ in pairs], prompt="query")
+    score_QP = queries_QD @ encode(encoder, [p.title for p in distinct]).T
+    order_QK = np.argsort(-score_QP, axis=1)[:, :3]
+    chosen_QK = torch.from_numpy(np.take_along_axis(score_QP, order_QK, 1))
+    reward_QK = quality([q for q, _ in pairs], [[distinct[i] for i in row] for row in order_QK])
+    want = retrieval_grpo(chosen_QK, torch.from_numpy(reward_QK), chosen_QK, tau=TAU)
+    assert got.item() == pytest.approx(want.loss.item(), abs=1e-5)
+    assert loss.last_metrics["reward/quality"] == pytest.approx(float(reward_QK.mean()))
+    got.backward()
+    word = encoder.tokenizer.convert_tokens_to_ids("acme")
+    grad = encoder[0].auto_model.embeddings.word_embeddings.weight.grad
+    assert bool(grad[word].abs().max() > 0) is (towers == "both")
+
+
+def test_the_batch_loss_says_what_it_needs(
+    store: Store, encoder_dir: Path, quality: Quality
+) -> None:
+    encoder, pairs = load_encoder(str(encoder_dir)), in_batch_pairs(store)
+    columns, places = batch_of(encoder, pairs)
+    with pytest.raises(ConfigError, match="got 5 distinct products"):
+        InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=6)(columns, places)
+    with pytest.raises(ConfigError, match="row's place"):
+        InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=2)(columns, torch.ones(6, 2))
+    with pytest.raises(ConfigError, match="3 columns"):
+        InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=2)([*columns, columns[1]], places)
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+import torch.distributed as dist
+from models.embedder.encoder import load_encoder
+from models.embedder.retrieval_grpo import InBatchRetrievalGRPOLoss
+from models.types import Product, Query
+from tests.unit.test_retrieval_grpo import batch_of
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+
+class Named:
+    name, weight = "first", 1.0
+    def __call__(self, queries, candidates):
+        shown.append(sorted({p.product_id for row in candidates for p in row}))
+        return torch.rand(len(queries), len(candidates[0])).numpy()
+
+shown, kinds = [], ["sofa", "lamp", "rug", "mug"]
+pairs = [(Query(k, f"{k} new"), Product(f"acme-{k}", f"acme {k}")) for k in kinds]
+encoder = load_encoder(sys.argv[3])
+columns, places = batch_of(encoder, pairs[2 * rank : 2 * rank + 2])
+loss = InBatchRetrievalGRPOLoss(encoder, pairs, [Named()], k=4)
+loss(columns, places + 2 * rank).backward()
+assert shown == [["acme-lamp", "acme-mug", "acme-rug", "acme-sofa"]], shown
+"""
+
+
+def test_products_are_gathered_across_processes(encoder_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWO_PROCESSES]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet"), str(encoder_dir)],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+
+
+def test_the_batch_loss_trains_in_the_library_trainer(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    encoder = load_encoder(str(encoder_dir))
+    pairs = [
+        (store.query_by_id[q], p)
+        for q in store.query_ids("train")
+        for p in store.product_by_id.values()
+        if p.product_id.endswith(q.split("-")[1])
+    ]
+    rows = {
+        "query": [q.text for q, _ in pairs],
+        "product": [p.title for _, p in pairs],
+        "label": list(range(len(pairs))),
+    }
+    products = list(store.product_by_id.values())
+    levels = quality([pairs[0][0]], [products])[0]
+
+    def liked() -> float:
+        """Quality, weighed by how near the products are."""
+        scores = encode(encoder, sorted(set(rows["query"])), prompt="query") @ (
+            encode(encoder, [p.title for p in products]).T
+        )
+        shares = np.exp(scores / TAU) / np.exp(scores / TAU).sum(1, keepdims=True)
+        return float((shares @ levels).mean())
+
+    before = liked()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=12,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    loss = InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=6, beta=0.0)
+    SentenceTransformerTrainer(encoder, arguments, Dataset.from_dict(rows), loss=loss).train()
+    assert liked() > before + 0.03
+
+
 def test_query_tower_keeps_the_gradient_off_the_products(encoder_dir: Path) -> None:
     encoder = load_encoder(str(encoder_dir))
     rewards = torch.tensor([[1.0, 0.0], [0.2, 0.9]])
@@ -386,10 +579,70 @@ def test_quality_rises_and_recall_holds(
     load_encoder(str(tmp_path / "out"))
 
 
+def test_scores_of_a_gathered_batch_are_as_fresh_as_its_choice(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    """Trap: products gathered in the batch, scored by vectors of the last refresh."""
+    config = FAST.model_copy(update={"pool": "batch", "towers": "query"})
+    run = Run(str(encoder_dir), store, [quality], config, tmp_path, ListSink(), "cpu")
+    run._start()
+    for _ in range(3):
+        run._update(run._draw(run.step))
+    batch = run._draw(3)
+    now = encode(run.encoder, [product_text(p) for p in run.pool.products])
+    assert batch.products_QKD is not None
+    assert np.allclose(batch.products_QKD, now[batch.candidates_QK], atol=1e-5)
+    assert not np.allclose(now, run.pool.vectors_ND, atol=1e-3), "the pool itself is old"
+
+
+def test_chunked_steps_equal_whole_ones(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    """Trap: gradient caching with silently wrong gradients."""
+    gradients: list[dict[str, torch.Tensor]] = []
+    for chunk in (None, 5):
+        config = FAST.model_copy(update={"chunk": chunk, "lr": 1e-12, "max_grad_norm": 1e9})
+        scratch = tmp_path / str(chunk)
+        run = Run(str(encoder_dir), store, [quality], config, scratch, ListSink(), "cpu")
+        run._start()
+        run._update(run._draw(0))
+        gradients.append(
+            {n: p.grad.clone() for n, p in run.encoder.named_parameters() if p.grad is not None}
+        )
+    whole, chunked = gradients
+    assert whole.keys() == chunked.keys() and len(whole) > 5
+    for name, grad in whole.items():
+        assert torch.allclose(grad, chunked[name], atol=1e-5, rtol=1e-3), name
+
+
+def test_no_more_texts_than_a_chunk_are_embedded_with_gradient(
+    store: Store,
+    encoder_dir: Path,
+    quality: Quality,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+
+    def counting(encoder: Any, texts: Sequence[str], side: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            sizes.append(len(texts))
+        return embed(encoder, texts, side)
+
+    monkeypatch.setattr("models.embedder.chunked.embed", counting)
+    config = FAST.model_copy(update={"chunk": 5})
+    run = Run(str(encoder_dir), store, [quality], config, tmp_path, ListSink(), "cpu")
+    run._start()
+    run._update(run._draw(0))
+    assert max(sizes) == 5 and sum(sizes) > 20
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"towers": "query"},
+        {"towers": "query", "pool": "batch"},
+        {"chunk": 3, "inner_steps": 2},
         {"pool": "batch"},
         {"advantage": "positive"},
         {"inner_steps": 3},
@@ -677,9 +930,10 @@ def test_the_anchor_weighs_its_pairs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(str(encoder_dir), store, [quality], FAST, tmp_path, ListSink(), "cpu")
-    plain = run._anchor_loss().item()
+    texts = CachedTexts(run.encoder, None).embed
+    plain = run._anchor_loss(texts).item()
     run.anchor = [replace(p, weight=1 / 3) for p in run.anchor]
-    assert run._anchor_loss().item() == pytest.approx(plain), "equal weights are none"
+    assert run._anchor_loss(texts).item() == pytest.approx(plain), "equal weights are none"
     kind = run.anchor[0].query_id.split("-")[1]
     run.anchor = [replace(p, weight=float(p.query_id.endswith(kind))) for p in run.anchor]
     taken: list[torch.Tensor] = []
@@ -690,5 +944,5 @@ def test_the_anchor_weighs_its_pairs(
         return original(*args, weight_B=weight_B, **kwargs)
 
     monkeypatch.setattr(retrieval_run, "infonce", infonce)
-    assert run._anchor_loss().item() != pytest.approx(plain)
+    assert run._anchor_loss(texts).item() != pytest.approx(plain)
     assert 0 < taken[0].mean() < 1
