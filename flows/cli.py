@@ -356,9 +356,13 @@ def search(
 @app.command()
 def refresh(
     data: Annotated[
-        Path, typer.Option(help="Folder with products.parquet or .csv: changed rows, deleted ids.")
-    ],
+        Path | None,
+        typer.Option(help="Folder with products.parquet or .csv: changed rows, deleted ids."),
+    ] = None,
     store: StoreName = "synthetic",
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Take the last refresh back instead.")
+    ] = False,
     home: Home = None,
 ) -> None:
     """Bring the published index up to date with changed products.
@@ -366,7 +370,19 @@ def refresh(
     Columns as in the products table; a row replaces the product of its id, a true value in an
     optional column `deleted` removes it. Only changed texts are embedded again. The new version is
     served once its recall has passed; until then, and after a crash, the old one is.
+
+    --undo serves the version before again, e.g. after wrong prices; the champions stay.
     """
+    if (data is None) is not undo:
+        got = "both --data and --undo" if undo else "neither --data nor --undo"
+        raise ConfigError(explain(got, "one of the two", "give the delta's folder, or --undo"))
+    if data is None:
+        prepare(home)
+        from flows.index import take_back_refresh
+
+        served = take_back_refresh(store)
+        console.print(f"version {served.version} is served again: {served.facts.rows} products")
+        return
     prepare(home, data)
     server = start_server()
     from flows.index import refresh_published

@@ -14,7 +14,7 @@ from flows.scheduled import RUN_NAME, Chain, data_folder
 from models.errors import ConfigError, explain
 from models.index.config import RefreshConfig
 from tasks.artifacts import ArtifactStore
-from tasks.publish import published, refresh, refresh_to
+from tasks.publish import published, refresh, refresh_to, undo_refresh
 from tasks.registry import nothing_of
 from tasks.release import finish_pending
 from tasks.settings import prepare_environment, settings
@@ -68,6 +68,13 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
             current_version = _require_published(config.name)
             return {"version": current_version, "delta": f"{folder} is empty: nothing changed"}
         return _refreshed(config.name, refresh, folder, config.refresh, current.run_id)
+
+
+def take_back_refresh(name: str) -> Any:
+    """Serve the published index of store `name` as it was before its last refresh."""
+    artifacts = ArtifactStore(current_settings().model_copy(update={"experiment": name}))
+    finish_pending(name, artifacts=artifacts)
+    return undo_refresh(name, artifacts=artifacts)
 
 
 def _require_published(name: str) -> int:

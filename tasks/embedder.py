@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +16,7 @@ from models.embedder.config import (
     MiningConfig,
     RetrievalGRPOConfig,
 )
+from models.errors import DivergenceError
 from models.index.config import IndexConfig
 from tasks.artifacts import TAG, ArtifactRef
 from tasks.base import weights_path
@@ -144,18 +147,37 @@ def embedder_rgrpo(
     levels, source = quality_scores(data)
     ctx.log.info("item quality from %s", source)
     parts = [relevance, Quality(levels, rewards.quality), Exclusivity(rewards.exclusivity)]
-    counts = train_retrieval_grpo(
-        weights_path(ctx, encoder),
-        data,
-        [r for r in parts if r.weight > 0],
-        config,
-        ctx.out,
-        ctx.scratch,
-        ctx.sink,
-        ctx.settings.torch_device,
-    )
+    with _kept_when_it_diverges(ctx):
+        counts = train_retrieval_grpo(
+            weights_path(ctx, encoder),
+            data,
+            [r for r in parts if r.weight > 0],
+            config,
+            ctx.out,
+            ctx.scratch,
+            ctx.sink,
+            ctx.settings.torch_device,
+        )
     cost = judge_cost(relevance)
     return dict(counts) | cost | {"judge_cache/hit_rate": relevance.cache.hit_rate}
+
+
+@contextlib.contextmanager
+def _kept_when_it_diverges(ctx: StageContext) -> Iterator[None]:
+    """A failed stage's folder goes; the encoder in that of a diverged one is put aside first.
+
+    Raises:
+        DivergenceError: the one from inside, with the place it was put.
+    """
+    try:
+        yield
+    except DivergenceError as error:
+        if not any(ctx.out.iterdir()):
+            raise
+        kept = ctx.settings.home / "diverged" / f"{ctx.stage}-{ctx.fingerprint[:12]}"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(ctx.out, kept)
+        raise DivergenceError(f"{error}. The best encoder before that is kept in {kept}") from error
 
 
 @stage(name="embedder_negatives", kind="data", code_version="3")

@@ -152,6 +152,19 @@ def refresh_to(
     return _apply(store_name, delta, config, artifacts, sink)
 
 
+def undo_refresh(store_name: str, *, artifacts: ArtifactStore | None = None) -> Publication:
+    """Serve the version before the last refresh of the published index again.
+
+    Raises:
+        ArtifactError: nothing is published, or the served version is no refresh.
+    """
+    artifacts = artifacts or ArtifactStore(settings())
+    table = _table(store_name, artifacts)
+    if table.current() is None:
+        raise _nothing(store_name, artifacts)
+    return table.undo_refresh()
+
+
 def staleness(
     store_name: str, catalogue: ArtifactRef, *, artifacts: ArtifactStore | None = None
 ) -> tuple[Publication, Difference]:

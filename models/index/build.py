@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.index.config import IndexConfig, Kind, resolve_kind
+from models.errors import ConfigError, explain
+from models.index.config import RQ_MULTIPLE, IndexConfig, Kind, resolve_kind
 from models.index.facts import FACTS, IndexFacts
 from models.index.lance import TABLE, LanceIndex, connect, open_table
 from models.index.recall import check, measure, percentiles
@@ -106,9 +107,17 @@ def index_all(table: Table, kind: Kind, config: IndexConfig) -> None:
 
 
 def index_vectors(table: Table, kind: Kind) -> None:
-    """Train the vector index from nothing, in place of the one there is."""
+    """Train the vector index from nothing, in place of the one there is.
+
+    Raises:
+        ConfigError: a kind that cannot index vectors of this width.
+    """
     from lancedb.index import HnswSq, IvfFlat, IvfPq, IvfRq, IvfSq
 
+    dim = table.schema.field("vector").type.list_size
+    if kind == "ivf_rq" and dim % RQ_MULTIPLE:
+        multiple = f"a multiple of {RQ_MULTIPLE}"
+        raise ConfigError(explain(f"kind ivf_rq and {dim} dimensions", multiple, "set index.dim"))
     options: dict[str, Any] = {"distance_type": "cosine"}
     makers = {"ivf_flat": IvfFlat, "ivf_sq": IvfSq, "ivf_pq": IvfPq, "ivf_hnsw_sq": HnswSq}
     if kind == "ivf_rq":

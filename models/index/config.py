@@ -10,6 +10,11 @@ Kind = Literal["auto", "exact", "ivf_flat", "ivf_sq", "ivf_rq", "ivf_hnsw_sq", "
 EXACT_BELOW = 20_000
 """Rows below which a scan (30 ms at 384 dimensions) needs no index (measured, ours)."""
 
+PQ_ROWS = 256
+"""Rows a product quantiser is trained on at least: one for each code of 8 bits."""
+RQ_MULTIPLE = 8
+"""What IVF_RQ's dimensions must be a multiple of: their bits are packed."""
+
 
 class IndexConfig(BaseModel):
     """How the index is built, and what it must reach before anyone may publish it."""
@@ -71,11 +76,13 @@ class RefreshConfig(BaseModel):
 
 
 def resolve_kind(kind: Kind, num_rows: int) -> Kind:
-    """The kind that "auto" stands for at this size.
+    """The kind that "auto" stands for at this size, and what ivf_pq is below its codebook's size.
 
     >>> resolve_kind("auto", 5_000), resolve_kind("auto", 50_000), resolve_kind("ivf_pq", 10)
-    ('exact', 'ivf_sq', 'ivf_pq')
+    ('exact', 'ivf_sq', 'exact')
     """
+    if kind == "ivf_pq" and num_rows < PQ_ROWS:
+        return "exact"
     if kind != "auto":
         return kind
     return "exact" if num_rows < EXACT_BELOW else "ivf_sq"

@@ -212,11 +212,32 @@ class PublishedIndex:
             if target is None:
                 got = f"a rollback from version {current.version}, the first one published"
                 raise ArtifactError(explain(got, "an earlier version", "publish another index"))
-            found = self._known(target)
-            self._keep_current()
-            self._move(found.version)
-            log.info("rolled back from version %d to %d", current.version, found.version)
-            return found
+            return self._back(current, self._known(target))
+
+    def undo_refresh(self) -> Publication:
+        """Serve the version before the last refresh again. What comes after is refreshed from it.
+
+        Raises:
+            ArtifactError: nothing is published, the served version is as its index was built, or
+                the version before is not kept.
+        """
+        with self.writing():
+            current = self.current()
+            if current is None:
+                raise self._nothing()
+            before = None if current.previous is None else self._known(current.previous)
+            if before is None or before.origin != current.origin:
+                built = current.origin.label or "its index"
+                got = f"version {current.version}, which is {built} as built"
+                do = "refresh it, or go back to the champions before: relearn rollback"
+                raise ArtifactError(explain(got, "a refreshed version", do))
+            return self._back(current, before)
+
+    def _back(self, current: Publication, to: Publication) -> Publication:
+        self._keep_current()
+        self._move(to.version)
+        log.info("rolled back from version %d to %d", current.version, to.version)
+        return to
 
     # ------------------------------------------------------------ for writers, under the lock
 

@@ -243,9 +243,16 @@ def test_refresh_applies_a_delta_to_what_is_served(
         assert "brand-new" in text
         text = relearn("refresh", "--data", delta, *tail).check()
         assert "0 inserted, 0 updated, 0 deleted, 2 unchanged, 1 not there" in text
+        text = relearn("refresh", "--undo", *tail).check()
+        assert "is served again: 120 products" in text
+        text = relearn("search", "zyxophone", "--mode", "lexical", *tail).check()
+        assert "brand-new" not in text
+        relearn("refresh", "--undo", *tail).check_refused("as built")
     finally:
         shutil.rmtree(before)
         kept.rename(before)
+    relearn("refresh", *tail).check_refused("neither --data nor --undo")
+    relearn("refresh", "--undo", "--data", delta, *tail).check_refused("both --data and --undo")
     relearn("refresh", "--data", tmp_path / "absent", *tail).check_refused("absent")
     relearn("refresh", "--data", tmp_path, *tail).check_refused("products.parquet")
 

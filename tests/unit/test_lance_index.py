@@ -39,6 +39,23 @@ def encode(texts: Sequence[str], dim: int = 24) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+def test_a_kind_that_cannot_be_trained_is_a_scan_or_named(tmp_path: Path) -> None:
+    few = [Product(f"p{i}", f"thing{i}") for i in range(100)]
+    facts = build_index(
+        unit_rows, few, IndexConfig(kind="ivf_pq", sample=8), tmp_path / "pq", ListSink()
+    )
+    assert facts.kind == "exact" and facts.recall_at_10 == 1.0
+    config = IndexConfig(kind="ivf_rq", sample=8, dim=12)
+    with pytest.raises(ConfigError, match=r"ivf_rq and 12 dimensions.*multiple of 8"):
+        build_index(unit_rows, few, config, tmp_path / "rq", ListSink())
+
+
+def unit_rows(texts: Sequence[str]) -> np.ndarray:
+    """16 dimensions that depend on the text alone."""
+    rows = np.stack([np.random.default_rng(list(t.encode())).normal(size=16) for t in texts])
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
 @pytest.mark.parametrize("kind", ["auto", "ivf_flat", "ivf_sq", "ivf_rq", "ivf_hnsw_sq"])
 def test_equals_the_exact_index(tmp_path: Path, kind: str) -> None:
     products, sink = catalogue(1500), ListSink()

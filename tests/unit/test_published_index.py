@@ -109,6 +109,26 @@ def test_rollback_serves_the_version_before(tmp_path: Path, sources: Path) -> No
         table.rollback(99)
 
 
+def test_a_refresh_can_be_taken_back_and_a_built_index_cannot(
+    tmp_path: Path, sources: Path
+) -> None:
+    table = publish_all(tmp_path, sources, "ab", keep=6)
+    with pytest.raises(ArtifactError, match=r"as built.*refreshed version.*relearn rollback"):
+        table.undo_refresh()
+    built = table.current()
+    refresh_all(table, "wx")
+    assert brands(table) == "b" * 29 + "x" * 30
+    assert table.undo_refresh() == table.current() and brands(table) == "b" * 29 + "w" * 30
+    refresh_all(table, "y")
+    assert brands(table) == "b" * 29 + "y" * 30, "what comes after begins at what is served"
+    assert table.undo_refresh() == table.current() and brands(table) == "b" * 29 + "w" * 30
+    assert table.undo_refresh() == built == table.current()
+    with pytest.raises(ArtifactError, match="as built"):
+        table.undo_refresh()
+    with pytest.raises(ArtifactError, match="nothing published"):
+        PublishedIndex(tmp_path / "empty").undo_refresh()
+
+
 def test_after_a_rollback_the_next_publish_goes_back_to_what_was_served(
     tmp_path: Path, sources: Path
 ) -> None:
