@@ -120,6 +120,9 @@ def ablate_retriever(
     rows: Annotated[
         str, typer.Option(help="Rows by name, e.g. bm25,sft,rgrpo. [default: all]")
     ] = "",
+    against: Annotated[
+        str, typer.Option(help="The row that others are compared with, query by query.")
+    ] = "sft",
 ) -> None:
     """Measure the paper's rows and the rewards' ablations on the held-out queries.
 
@@ -132,6 +135,8 @@ def ablate_retriever(
         relearn ablate retriever
 
         relearn ablate retriever --seeds 0 --rows sft,ranking,dpo,rgrpo
+
+        relearn ablate retriever --rows sft_longer,rgrpo --against sft_longer
     """
     numbers = _seeds(seeds)
     prepare(home, data)
@@ -143,10 +148,10 @@ def ablate_retriever(
     config = make_recipe(recipe, store, changes or [])
     names = [name.strip() for name in rows.split(",") if name.strip()] or list(flow.TITLES)
     with temporary.answering(server):
-        result = flow.ablate_retriever(config, numbers, names)
+        result = flow.ablate_retriever(config, numbers, names, against)
     folder = ArtifactStore(settings()).path(result.table)
     table, text = flow.read_report(folder)
-    console.print(flow.ablation_table(table, f"Retriever ablation, {config.name}"))
+    console.print(flow.ablation_table(table, f"Retriever ablation, {config.name}", against))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     made = sum(not r.cached for r in result.reports)
     console.print(

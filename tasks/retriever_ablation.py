@@ -16,6 +16,8 @@ from tasks.stage import StageContext, stage
 RUN, PARTS = "run.trec", "parts.json"
 TABLE, REPORT, PLOT = "ablation.json", "ablation.md", "ablation.png"
 GOOD_K = 10
+MINING = ("index", "embedder_negatives")
+"""Stages that a row trains with for its hard negatives' sake: offline labour R-GRPO does without."""
 Channel = Literal["random", "bm25", "encoder"]
 
 
@@ -113,7 +115,7 @@ def _good(
     return good
 
 
-@stage(name="retriever_ablation", kind="report", code_version="1")
+@stage(name="retriever_ablation", kind="report", code_version="2")
 def retriever_ablation(
     ctx: StageContext,
     rows: dict[str, list[ArtifactRef]],
@@ -127,7 +129,7 @@ def retriever_ablation(
     name: the stages that trained it, of all seeds}; their seconds and judge tokens are what the
     row cost, a seed. against: the row the others are compared with.
     """
-    from models.evaluation.retriever_report import figure, markdown
+    from models.evaluation.retriever_report import COMPARED, figure, markdown
     from models.evaluation.retriever_rows import table_rows
 
     loaded = {
@@ -136,7 +138,7 @@ def retriever_ablation(
     }
     first = next(iter(loaded.values()))[0]
     parts = {name: [body["parts"] for body in bodies] for name, bodies in loaded.items()}
-    table = table_rows(parts, first["segments"], against)
+    table = table_rows(parts, first["segments"], against, COMPARED)
     costs = {name: _cost(ctx, trained.get(name, []), len(refs)) for name, refs in rows.items()}
     table = [{**row, **costs[str(row["run"])]} for row in table]
     notes = [*notes, f"item quality: {first['quality_source']}"]
@@ -153,14 +155,13 @@ def retriever_ablation(
 
 
 def _cost(ctx: StageContext, refs: Sequence[ArtifactRef], seeds: int) -> dict[str, float]:
-    """train_s, judge_pairs, judge_tokens of a seed, as MLflow has them of the runs that made it."""
+    """train_s, mining_s of it, judge_pairs, judge_tokens of a seed, from the runs that made it."""
     names = {
         "train_s": "stage/duration_s",
         "judge_pairs": "judge/pairs",
         "judge_tokens": "judge/tokens",
     }
     logged = [ctx.store.client.get_run(ref.run_id).data.metrics for ref in refs]
-    return {
-        name: sum(metrics.get(key, 0.0) for metrics in logged) / seeds
-        for name, key in names.items()
-    }
+    spent = {name: sum(m.get(key, 0.0) for m in logged) / seeds for name, key in names.items()}
+    mined = [m for ref, m in zip(refs, logged, strict=True) if ref.name in MINING]
+    return spent | {"mining_s": sum(m.get(names["train_s"], 0.0) for m in mined) / seeds}

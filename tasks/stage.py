@@ -644,14 +644,14 @@ class Stage:
                 store=store,
                 _progress=_Progress(self.name, log),
             )
-            began = time.monotonic()
+            clock = _Clock(scratch / "seconds")
             try:
-                with _PeakMemory() as memory, _system_metrics(store.settings, run_id):
+                with clock, _PeakMemory() as memory, _system_metrics(store.settings, run_id):
                     metrics = self.body(context, **bound)
                 sink.log(dict(metrics or {}))
                 sink.log(
                     {
-                        "stage/duration_s": time.monotonic() - began,
+                        "stage/duration_s": clock.seconds,
                         "stage/peak_rss_bytes": memory.peak_bytes,
                     }
                 )
@@ -725,6 +725,26 @@ def _only_one(store: ArtifactStore, identity: Identity, log: Log) -> Iterator[No
         yield
     finally:
         lock.release()
+
+
+class _Clock:
+    """Seconds spent inside, those of earlier attempts that an exception or a signal ended included:
+    they are kept in `path`. An attempt that was killed outright is not counted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.seconds = float(self._path.read_text())
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self._began
+        with contextlib.suppress(OSError):  # a full disk has an error of its own
+            self._path.write_text(f"{self.seconds:.3f}")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,17 @@ PERCENT = (
 """Columns, in percent; those no row has are left out."""
 INTERVALS = ("hitrate@100", "ndcg@10", "goodrate@10")
 """Columns that show their interval, and are plotted."""
-COSTS = {"train_s": "seconds", "judge_pairs": "judge pairs", "judge_tokens": "judge tokens"}
+COSTS = {
+    "train_s": "seconds",
+    "mining_s": "of them mining",
+    "judge_pairs": "judge pairs",
+    "judge_tokens": "judge tokens",
+}
+COMPARED = (
+    "ndcg@10 recall@10 recall@100 goodrate@10 condensed_ndcg@10 hybrid_ndcg@10 lexical_overlap@10 "
+    "quality@10"
+).split()
+"""Metrics compared with the baseline query by query, those that are means over queries."""
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -60,7 +70,7 @@ def cost(row: Row, name: str) -> str:
 
 
 def markdown(rows: Sequence[Row], against: str, notes: Sequence[str]) -> str:
-    """The overall table with intervals, costs and differences, then one table a segment."""
+    """The overall table with intervals and costs, the differences, then one table a segment."""
     overall = [r for r in rows if r["segment"] == "all"]
     metrics = columns(overall)
     head = ["row", "seeds", *metrics, f"nDCG@10 against {against}", *COSTS.values()]
@@ -68,6 +78,16 @@ def markdown(rows: Sequence[Row], against: str, notes: Sequence[str]) -> str:
     for row in overall:
         cells = [str(row["run"]), f"{row['seeds']:.0f}", *(cell(row, m) for m in metrics)]
         lines.append(_line([*cells, difference(row), *(cost(row, c) for c in COSTS)]))
+    known = [m for m in COMPARED if any(difference(row, m) for row in overall)]
+    if known:
+        lines += [
+            "",
+            f"Points against {against}, the same queries [95 %]",
+            "",
+            *_head(["row", *known]),
+        ]
+        others = [row for row in overall if row["run"] != against]
+        lines += [_line([str(r["run"]), *(difference(r, m) for m in known)]) for r in others]
     for segment in dict.fromkeys(r["segment"] for r in rows if r["segment"] != "all"):
         part = [r for r in rows if r["segment"] == segment]
         lines += [

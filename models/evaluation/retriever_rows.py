@@ -122,7 +122,7 @@ def table_rows(
     rows: Mapping[str, Sequence[Parts]],
     segments: Mapping[str, str],
     against: str | None = None,
-    compared: Sequence[str] = ("ndcg@10", "recall@100"),
+    compared: Sequence[str] = ("ndcg@10",),
 ) -> list[dict[str, float | str]]:
     """One row a run and segment ("all" first): run, segment, n, seeds, and each metric.
 

@@ -195,7 +195,7 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
 
 def test_three_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
     with at_home(chain.home):
-        result = ablate_retriever(small_config(), [0], ["rgrpo", "dpo", "sft"])
+        result = ablate_retriever(small_config(), [0], ["rgrpo", "dpo", "sft"], "dpo")
     made = Counter(r.ref.name for r in result.reports if not r.cached)
     assert made == {
         "retriever_row": 4,  # BM25 is measured for the overlap with it
@@ -223,7 +223,12 @@ def test_three_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
     assert overall["SFT"]["judge_tokens"] == 0
     assert overall[TITLES["dpo"]]["judge_tokens"] > overall[TITLES["dpo"]]["judge_pairs"] > 0
     assert overall[TITLES["rgrpo"]]["judge_pairs"] > 0
-    assert "ndcg@10_diff" in overall[TITLES["rgrpo"]]
+    for metric in ("ndcg@10", "goodrate@10", "quality@10", "hybrid_ndcg@10", "lexical_overlap@10"):
+        gap = overall[TITLES["rgrpo"]][metric] - overall[TITLES["dpo"]][metric]
+        assert overall[TITLES["rgrpo"]][f"{metric}_diff"] == pytest.approx(gap, abs=1e-9)
+    assert f"Points against {TITLES['dpo']}" in text
+    assert 0 < overall[TITLES["dpo"]]["mining_s"] < overall[TITLES["dpo"]]["train_s"]
+    assert overall[TITLES["rgrpo"]]["mining_s"] == 0
     assert TITLES["dpo"] in text and "seeds of the retriever: 0" in text
     assert ablation_table(rows, "t").row_count == 3
     ordinary_rows = read_rows(chain)

@@ -22,7 +22,7 @@ def test_the_last_good_encoder_of_a_diverged_run_is_put_aside(tmp_path: Path) ->
         fingerprint="0123456789abcdef",
         settings=SimpleNamespace(home=tmp_path),
     )
-    with pytest.raises(DivergenceError, match="^nothing yet$"), _kept_when_it_diverges(context):
+    with pytest.raises(DivergenceError, match=r"^nothing yet$"), _kept_when_it_diverges(context):
         raise DivergenceError("nothing yet")
     for content in ("first", "second"):
         (out / "model.safetensors").write_text(content)

@@ -195,6 +195,7 @@ def test_failed_body_is_recorded_and_leaves_its_checkpoint(current: Settings) ->
         (ctx.scratch / "step").write_text("7")
         if len(attempts) == 1:
             (ctx.out / "half").write_text("x")
+            time.sleep(0.3)
             raise ValueError("boom")
         assert list(ctx.out.iterdir()) == []
 
@@ -208,6 +209,8 @@ def test_failed_body_is_recorded_and_leaves_its_checkpoint(current: Settings) ->
     ref = fragile.make()
     assert attempts == [False, True]
     assert not store.scratch(ref.fingerprint).exists()
+    metrics = store.client.get_run(ref.run_id).data.metrics
+    assert metrics["stage/duration_s"] > 0.3, "the attempt that failed is counted as well"
     assert list((current.home / "work").iterdir()) == []
 
 

@@ -796,7 +796,7 @@ def test_a_collapsing_run_stops_and_keeps_the_last_good_encoder(
     store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
 ) -> None:
     wild = FAST.model_copy(update={"lr": 10.0, "sft_weight": 0.0, "beta": 0.0, "steps": 40})
-    with pytest.raises(DivergenceError, match="got (spread|recall).*do this"):
+    with pytest.raises(DivergenceError, match=r"got (spread|recall).*do this"):
         train_retrieval_grpo(
             str(encoder_dir), store, [quality], wild, tmp_path / "out", tmp_path / "s", ListSink()
         )
