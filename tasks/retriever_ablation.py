@@ -17,7 +17,7 @@ RUN, PARTS = "run.trec", "parts.json"
 TABLE, REPORT, PLOT = "ablation.json", "ablation.md", "ablation.png"
 GOOD_K = 10
 MINING = ("index", "embedder_negatives")
-"""Stages that a row trains with for its hard negatives' sake: offline labour R-GRPO does without."""
+"""Stages of a row that are there for its hard negatives: labour that R-GRPO does without."""
 Channel = Literal["random", "bm25", "encoder"]
 
 
