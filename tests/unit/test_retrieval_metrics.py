@@ -166,6 +166,33 @@ def test_equal_to_ir_measures(tmp_path: Path) -> None:
             assert value == pytest.approx(theirs[name][q], abs=1e-9), (name, q)
 
 
+def test_the_tables_means_are_those_of_ir_measures_over_queries_with_something_to_find(
+    tmp_path: Path,
+) -> None:
+    """The library counts a query without a relevant product as 0, the table leaves it out."""
+    ir = pytest.importorskip("ir_measures")
+    run, qrels = random_case(1)
+    qrels = {**qrels, "none": {"d1": 1, "d2": 1}, "lost": {"d3": 4}}  # and one the run lacks
+    run["none"] = ["d1", "d5"]
+    m.write_trec_run(run, tmp_path / "run.txt")
+    m.write_trec_qrels(qrels, tmp_path / "qrels.txt")
+    read = list(ir.read_trec_qrels(str(tmp_path / "qrels.txt")))
+    found = list(ir.read_trec_run(str(tmp_path / "run.txt")))
+    table = m.evaluate_runs({"run": run}, qrels, {q: Query(q, "x") for q in qrels}, {}, ks=(10,))[0]
+    asked = {
+        "ndcg@10": ir.nDCG(gains={0: 0, 1: 1, 2: 3, 3: 7}) @ 10,
+        "recall@10": ir.R(rel=2) @ 10,
+        "mrr@10": ir.RR(rel=2) @ 10,
+    }
+    for name, measure in asked.items():
+        theirs = {r.query_id: r.value for r in ir.iter_calc([measure], read, found)}
+        assert "lost" in theirs and len(theirs) == len(qrels)
+        assert table[name] == pytest.approx(
+            np.mean([theirs[q] for q in qrels if q != "none"]), abs=1e-9
+        ), name
+    assert (table["n"], table["n_relevant"]) == (len(qrels), len(qrels) - 1)
+
+
 def test_trec_run_round_trip(tmp_path: Path) -> None:
     run, _ = random_case(1)
     m.write_trec_run(run, tmp_path / "run.txt")
