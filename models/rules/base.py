@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import ConfigError, explain
-from models.rules.wishes import ANY_BUT, NOT
+from models.rules.wishes import ALTERNATIVE, ANY_BUT, NOT
 from models.types import Query
 
 FOLDER = Path(__file__).parent
@@ -24,6 +24,7 @@ TRIGGERS: dict[str, re.Pattern[str]] = {
     "price": re.compile(r"\b(?:under|below|less than|cheap\w*|affordable|budget|max)\b|[$]", re.I),
     "number": re.compile(r"\d"),
     "question": re.compile(r"^(?:what|which|how|where|who|can)\b|\?$", re.I),
+    "alternative": ALTERNATIVE,
     "knowledge": re.compile(r"\b(?:gift|present|someone|year old|loves?|beginner)\b", re.I),
 }
 """When a scope applies: a pattern over the query's text."""

@@ -10,9 +10,9 @@ import re
 
 from models.types import Category, Verdicts
 
-FIRM = re.compile(r"(?:not|no|without|other brand|price)\b", re.I)
-"""How the name of a firm wish begins: exclusions and price limits, which the rule bases' N1, P1 and
-HX put at grade 2 at most where they fail."""
+FIRM = re.compile(r"(?:not|no|without|other brand|price|audience)\b", re.I)
+"""How the name of a firm wish begins: exclusions, price limits, another brand, for whom. The rule
+bases' N1, P1, B1, A1 and HX put an item that fails one at grade 2 at most."""
 
 
 def is_firm(attribute: str) -> bool:

@@ -22,7 +22,7 @@ _EXCLUDED = re.compile(
 )
 _ANY = re.compile(r"\bany (?:brand|colou?r|finish|material|shade|size) but\b", re.I)
 """Names what may be anything, so none of its words is asked for."""
-_ALTERNATIVE = re.compile(
+ALTERNATIVE = re.compile(
     r"\b(?:alternatives?|dupes?|substitutes?|instead of|(?:affordable|budget|cheaper) version of"
     r"|like\b.+\bbut)\b",
     re.I,
@@ -80,7 +80,7 @@ limit=60.0, alternative=False)
             words.setdefault(stems[0], word)
     out = tuple((w, terms(w)[0]) for w in sorted(excluded) if terms(w))
     asked = tuple((w, s) for s, w in words.items())
-    return Wishes(asked, out, _number(limit), _ALTERNATIVE.search(text) is not None)
+    return Wishes(asked, out, _number(limit), ALTERNATIVE.search(text) is not None)
 
 
 def _number(match: re.Match[str] | None) -> float | None:

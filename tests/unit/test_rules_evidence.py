@@ -32,6 +32,13 @@ def test_a_query_gets_only_the_rules_it_triggers() -> None:
     assert rules.concerning(Query("q", "red sofa")) == ()
     scopes = {r.scope for r in rules.concerning(Query("q", "sofa not leather under $60"))}
     assert scopes == {"negation", "price"}
+    other_brand = rules.concerning(Query("q", "cheaper alternative to Acme sofa"))
+    assert {r.id for r in other_brand} == {"P1", "B1"}
+
+
+def test_every_packaged_rule_base_has_rules_of_its_own() -> None:
+    versions = [load_rules(name).version for name in ("default", "synthetic", "homedepot")]
+    assert len(set(versions)) == 3
 
 
 def test_version_follows_the_text(tmp_path: Path) -> None:
