@@ -143,14 +143,17 @@ def ablate_retriever(
     against: the row that the others are compared with, query by query.
 
     Raises:
-        ConfigError: an unknown row, or no row or seed at all.
+        ConfigError: an unknown row, no row or seed at all, or `against` is none of the rows.
     """
     names = [name for name in TITLES if name in rows]
     unknown = [name for name in (*rows, against) if name not in TITLES]
     if unknown or not names or not seeds or len(set(seeds)) < len(seeds):
-        got = f"rows {list(rows)}, seeds {list(seeds)}"
+        got = f"rows {list(rows)} against {against}, seeds {list(seeds)}"
         expected = f"rows among {', '.join(TITLES)}, and different seeds"
-        raise ConfigError(explain(got, expected, "fix --rows or --seeds"))
+        raise ConfigError(explain(got, expected, "fix --rows, --against or --seeds"))
+    if against != BASELINE and against not in names:
+        asked = f"--against {against} without that row"
+        raise ConfigError(explain(asked, f"one of {', '.join(names)}", f"add {against} to --rows"))
     with pipeline(f"ablate-retriever {config.name}", experiment=config.name) as current:
         store = prepare_data(config.data)
         lab = _Lab(config, store, names)

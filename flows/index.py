@@ -13,6 +13,7 @@ from flows.data import prepare_data
 from flows.scheduled import RUN_NAME, Chain, data_folder
 from models.errors import ConfigError, explain
 from models.index.config import RefreshConfig
+from models.index.published import Publication
 from tasks.artifacts import ArtifactStore
 from tasks.publish import published, refresh, refresh_to, undo_refresh
 from tasks.registry import nothing_of
@@ -70,11 +71,20 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
         return _refreshed(config.name, refresh, folder, config.refresh, current.run_id)
 
 
-def take_back_refresh(name: str) -> Any:
-    """Serve the published index of store `name` as it was before its last refresh."""
-    artifacts = ArtifactStore(current_settings().model_copy(update={"experiment": name}))
-    finish_pending(name, artifacts=artifacts)
-    return undo_refresh(name, artifacts=artifacts)
+def take_back_refresh(name: str) -> Publication:
+    """Serve the published index of store `name` as it was before its last refresh.
+
+    Raises:
+        ArtifactError: as `undo_refresh`.
+    """
+    with pipeline(f"undo refresh {name}", experiment=name) as current:
+        artifacts = ArtifactStore(settings().model_copy(update={"experiment": name}))
+        finish_pending(name, artifacts=artifacts)
+        served = undo_refresh(name, artifacts=artifacts)
+        sink = MlflowSink(artifacts.client, current.run_id)
+        sink.log({"index/version": float(served.version), "index/rows": float(served.facts.rows)})
+        sink.flush()
+    return served
 
 
 def _require_published(name: str) -> int:

@@ -175,8 +175,12 @@ def _kept_when_it_diverges(ctx: StageContext) -> Iterator[None]:
         if not any(ctx.out.iterdir()):
             raise
         kept = ctx.settings.home / "diverged" / f"{ctx.stage}-{ctx.fingerprint[:12]}"
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(ctx.out, kept)
+        try:
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(ctx.out, kept)
+        except OSError as problem:
+            ctx.log.warning("the best encoder could not be kept in %s: %s", kept, problem)
+            raise error from None
         raise DivergenceError(f"{error}. The best encoder before that is kept in {kept}") from error
 
 

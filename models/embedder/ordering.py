@@ -97,15 +97,19 @@ def order_of(scores: Sequence[Sequence[float]], groups: Sequence[Group]) -> Orde
 
 
 def lead(mine: Order, theirs: Order) -> tuple[float, float]:
-    """mine.accuracy - theirs.accuracy on the same pairs, and its standard error over queries."""
+    """mine.accuracy - theirs.accuracy on the same pairs, and its standard error over queries, which
+    is infinite below two of them; NaN without pairs.
+    """
     delta_Q = np.asarray(mine.right) - np.asarray(theirs.right)
     pairs_Q = np.asarray(mine.pairs, dtype=np.float64)
     count, total = len(pairs_Q), pairs_Q.sum()
     if not total:
         return math.nan, math.nan
     ratio = float(delta_Q.sum() / total)
+    if count < 2:
+        return ratio, math.inf
     residual_Q = delta_Q - ratio * pairs_Q
-    spread = count / max(1, count - 1) * float(np.square(residual_Q).sum())
+    spread = count / (count - 1) * float(np.square(residual_Q).sum())
     return ratio, math.sqrt(spread) / float(total)
 
 

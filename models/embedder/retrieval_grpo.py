@@ -204,7 +204,8 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
 
     Dataset columns: query, product, label = the row's place in `pairs`. Candidates of each query
     are the Top-K by the encoder as it is now among the distinct products of the batch, those of the
-    other processes included where training is distributed (`gather`).
+    other processes included where training is distributed. A batch with fewer of them than `k` has
+    that many candidates: a last, short one does not end the training.
 
     Args:
         pairs: the query and product behind every row of the data set, for the rewards to read.
@@ -218,22 +219,20 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
         pairs: Sequence[tuple[Query, Product]],
         rewards: Sequence[Reward],
         k: int = 16,
-        gather: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__(model, **settings)
-        self.pairs, self.rewards, self.k, self.gather = pairs, rewards, k, gather
+        self.pairs, self.rewards, self.k = pairs, rewards, k
 
     def forward(
         self, sentence_features: Sequence[dict[str, Any]], labels: torch.Tensor
     ) -> torch.Tensor:
-        """The loss; the numbers behind it, each reward's mean among them, are in `last_metrics`.
+        """The loss; the numbers behind it, `k` and each reward's mean among them, are in
+        `last_metrics`.
 
         Raises:
-            ConfigError: not two columns and a place a row, or fewer than k distinct products.
+            ConfigError: not two columns and a place a row.
         """
-        from sentence_transformers.util import all_gather, all_gather_with_grad
-
         columns = list(sentence_features)
         if labels is None or labels.ndim != 1 or len(columns) != 2:
             shape = None if labels is None else tuple(labels.shape)
@@ -242,18 +241,14 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
             raise ConfigError(explain(got, what, "add the missing column"))
         query_QD, own_QD = self.vectors(columns)
         ref_query_QD, ref_own_QD = self.reference_vectors(columns)
-        places_P, product_PD, ref_PD = labels, own_QD, ref_own_QD
-        if self.gather:
-            places_P, ref_PD = all_gather(labels), all_gather(ref_own_QD)
-            product_PD = all_gather_with_grad(own_QD)
+        places_P, product_PD, ref_PD = _gathered(labels, own_QD, ref_own_QD)
         products = [self.pairs[i][1] for i in places_P.tolist()]
         first = {p.product_id: place for place, p in reversed(list(enumerate(products)))}
         distinct = sorted(first.values())
-        if len(distinct) < self.k:
-            got = f"{len(distinct)} distinct products in a batch"
-            raise ConfigError(explain(got, f"at least k = {self.k}", "enlarge the batch, lower k"))
         product_PD, ref_PD = product_PD[distinct], ref_PD[distinct]
-        chosen_QK = (query_QD @ product_PD.T).float().topk(self.k, dim=1).indices
+        with torch.autocast(query_QD.device.type, enabled=False):
+            scores_QP = query_QD.detach() @ product_PD.detach().T
+        chosen_QK = scores_QP.topk(min(self.k, len(distinct)), dim=1).indices
         queries = [self.pairs[i][0] for i in labels.tolist()]
         shown = [[products[distinct[i]] for i in row] for row in chosen_QK.tolist()]
         total_QK, terms = total_reward(self.rewards, queries, shown)
@@ -263,7 +258,7 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
             _cosines(ref_query_QD, ref_PD[chosen_QK]),
         )
         means = {f"reward/{name}": float(values.mean()) for name, values in terms.items()}
-        self.last_metrics = self.last_metrics | means
+        self.last_metrics = self.last_metrics | means | {"k": float(chosen_QK.shape[1])}
         return loss
 
 
@@ -271,11 +266,24 @@ def _columns(model: nn.Module, columns: Sequence[Mapping[str, Any]]) -> list[tor
     """Unit vectors of each column, without dropout."""
     was_training = model.training
     model.eval()
-    found = [
-        functional.normalize(model(dict(c))["sentence_embedding"].float(), dim=-1) for c in columns
-    ]
-    model.train(was_training)
-    return found
+    try:
+        embedded = [model(dict(c))["sentence_embedding"].float() for c in columns]
+    finally:
+        model.train(was_training)
+    return [functional.normalize(vectors_QD, dim=-1) for vectors_QD in embedded]
+
+
+def _gathered(
+    labels: torch.Tensor, own_QD: torch.Tensor, reference_QD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of all processes, [P] and [P, D]; own_QD keeps its gradient."""
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return labels, own_QD, reference_QD
+    from sentence_transformers.util import all_gather, all_gather_with_grad
+
+    return all_gather(labels), all_gather_with_grad(own_QD), all_gather(reference_QD)
 
 
 def _cosines(query_QD: torch.Tensor, product_QKD: torch.Tensor) -> torch.Tensor:

@@ -289,7 +289,7 @@ class Run:
         vectors_QD = encode(
             self.encoder, [q.text for q in queries], prompt="query", bf16=config.bf16
         )
-        candidates_QK, vectors_ND = self._candidates(queries, vectors_QD)
+        candidates_QK, products_QKD = self._candidates(queries, vectors_QD)
         products = [[self.pool.products[i] for i in row] for row in candidates_QK]
         total, terms = total_reward(self.rewards, queries, products)
         ref_scores = np.einsum(
@@ -300,7 +300,7 @@ class Run:
         batch = Batch(
             rows,
             candidates_QK,
-            None if config.towers == "both" else vectors_ND[candidates_QK],
+            None if config.towers == "both" else products_QKD,
             torch.from_numpy(total).to(self.device),
             torch.from_numpy(ref_scores).to(self.device),
             None,
@@ -326,16 +326,18 @@ class Run:
     def _candidates(
         self, queries: Sequence[Query], vectors_QD: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Pool rows [Q, K] of the Top-K, and the vectors [N, D] of the pool they were chosen by."""
+        """Pool rows [Q, K] of the Top-K, and the vectors [Q, K, D] that they were chosen by."""
         k = self.config.k
         if self.config.pool == "index":
-            return self.pool.top_k(vectors_QD, k), self.pool.vectors_ND
+            rows_QK = self.pool.top_k(vectors_QD, k)
+            return rows_QK, self.pool.vectors_ND[rows_QK]
         rows = self._gathered(queries)
         products = [self.pool.products[i] for i in rows]
         vectors_PD = encode_products(self.encoder, products, bf16=self.config.bf16)
-        vectors_ND = self.pool.vectors_ND.copy()
-        vectors_ND[rows] = vectors_PD
-        return batch_pool(rows, vectors_QD @ vectors_PD.T, k), vectors_ND
+        rows_QK = batch_pool(rows, vectors_QD @ vectors_PD.T, k)
+        place_of = {row: place for place, row in enumerate(rows)}
+        places_QK = np.vectorize(place_of.__getitem__)(rows_QK)
+        return rows_QK, vectors_PD[places_QK]
 
     def _gathered(self, queries: Sequence[Query]) -> list[int]:
         """Pool rows of the products judged for the queries, whatever their grade; distinct."""
@@ -525,7 +527,7 @@ class Run:
         self.optimiser.load_state_dict(torch.load(folder / "optimiser.pt", weights_only=True))
         self.step = state["step"]
         self.watches = [Watch(**w) for w in state["watches"]]
-        self.orders = state.get("orders", {})  # checkpoints from before had none
+        self.orders = state["orders"]
         self.best = None if state["best"] is None else Watch(**state["best"])
         self.pool.adopt(np.load(folder / "pool.npy"))
         for reward in self.rewards:

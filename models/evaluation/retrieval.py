@@ -128,7 +128,8 @@ def condensed(ranking: Sequence[str], grades: Grades) -> list[str]:
     """The judged products of a ranking, in its order: its condensed list [Sakai 2007].
 
     Where few products are judged, nDCG punishes whatever the labels' own search engine had not
-    found. nDCG of the condensed list asks only whether the judged ones found are in order.
+    found. nDCG of the condensed list asks how many of the judged ones are found and in what order,
+    as if there were no others.
 
     >>> condensed(["x", "b", "a"], {"a": 4, "b": 1})
     ['b', 'a']
@@ -235,7 +236,7 @@ def per_query(
         if quality is not None:
             values["quality@10"] = item_quality(ranking, quality, 10)
         if lexical is not None:
-            words = top(lexical.get(q, ()), len(ranking))
+            words = top(lexical.get(q, ()), max(*ks, 10))
             values["bm25_overlap@10"] = channel_overlap(ranking, words, 10)
             both = [p for p, _ in reciprocal_rank_fusion([ranking, words], max(*ks, 10))]
             values["hybrid_ndcg@10"] = ndcg(both, grades, 10, gains)

@@ -59,6 +59,8 @@ def build_index(
     Raises:
         ConfigError: no products, or the gate of `recall.check`; the folder is left for a look.
     """
+    if config.dim is not None:
+        check_width(config.kind, config.dim)  # before hours of embedding
     if isinstance(products, Store):
         total = products.products.num_rows
     stream = RowStream(
@@ -106,6 +108,17 @@ def index_all(table: Table, kind: Kind, config: IndexConfig) -> None:
         table.create_index(column, config=BTree())
 
 
+def check_width(kind: Kind, dim: int) -> None:
+    """Refuse vectors of a width that an index of this kind cannot hold.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if kind == "ivf_rq" and dim % RQ_MULTIPLE:
+        multiple = f"a multiple of {RQ_MULTIPLE}"
+        raise ConfigError(explain(f"kind ivf_rq and {dim} dimensions", multiple, "set index.dim"))
+
+
 def index_vectors(table: Table, kind: Kind) -> None:
     """Train the vector index from nothing, in place of the one there is.
 
@@ -114,10 +127,7 @@ def index_vectors(table: Table, kind: Kind) -> None:
     """
     from lancedb.index import HnswSq, IvfFlat, IvfPq, IvfRq, IvfSq
 
-    dim = table.schema.field("vector").type.list_size
-    if kind == "ivf_rq" and dim % RQ_MULTIPLE:
-        multiple = f"a multiple of {RQ_MULTIPLE}"
-        raise ConfigError(explain(f"kind ivf_rq and {dim} dimensions", multiple, "set index.dim"))
+    check_width(kind, table.schema.field("vector").type.list_size)
     options: dict[str, Any] = {"distance_type": "cosine"}
     makers = {"ivf_flat": IvfFlat, "ivf_sq": IvfSq, "ivf_pq": IvfPq, "ivf_hnsw_sq": HnswSq}
     if kind == "ivf_rq":

@@ -215,7 +215,8 @@ class PublishedIndex:
             return self._back(current, self._known(target))
 
     def undo_refresh(self) -> Publication:
-        """Serve the version before the last refresh again. What comes after is refreshed from it.
+        """Serve the version before the last refresh again, and forget the one with it: no rollback
+        may come back to that. What is refreshed next begins at what is served.
 
         Raises:
             ArtifactError: nothing is published, the served version is as its index was built, or
@@ -225,13 +226,26 @@ class PublishedIndex:
             current = self.current()
             if current is None:
                 raise self._nothing()
-            before = None if current.previous is None else self._known(current.previous)
-            if before is None or before.origin != current.origin:
+            if not current.deltas:
                 built = current.origin.label or "its index"
                 got = f"version {current.version}, which is {built} as built"
                 do = "refresh it, or go back to the champions before: relearn rollback"
                 raise ArtifactError(explain(got, "a refreshed version", do))
-            return self._back(current, before)
+            before = None if current.previous is None else self._if_kept(current.previous)
+            if before is None or (before.origin, before.deltas) != (
+                current.origin,
+                current.deltas[:-1],
+            ):
+                got = f"version {current.version}; the one before its last refresh is gone"
+                do = "apply a delta with the right rows; refresh.keep says how many versions stay"
+                raise ArtifactError(explain(got, "a kept version without that refresh", do))
+            self._back(current, before)
+            tags = open_table(self.folder).tags
+            if (own := f"v{current.version}") in tags.list():
+                tags.delete(own)
+            for kind in (".json", ".npy"):
+                self._path(current.version).with_suffix(kind).unlink(missing_ok=True)
+            return before
 
     def _back(self, current: Publication, to: Publication) -> Publication:
         self._keep_current()

@@ -10,18 +10,18 @@ import re
 
 from models.types import Category, Verdicts
 
-FIRM = re.compile(r"(?:not|no|without|other brand|price|audience)\b", re.I)
-"""How the name of a firm wish begins: exclusions, price limits, another brand, for whom. The rule
-bases' N1, P1, B1, A1 and HX put an item that fails one at grade 2 at most."""
+FIRM = re.compile(r"(?:not|no|without)\s.*|other brand|price|audience", re.I)
+"""Names of firm wishes: exclusions, another brand, price limits, for whom. An item that fails one
+has grade 2 at most, as rules N1, B1, P1, A1 and HX say in the prompts of the stores with such."""
 
 
 def is_firm(attribute: str) -> bool:
     """Whether an item that fails this wish is a mismatch whatever else it has.
 
-    >>> [is_firm(name) for name in ("not leather", "price", "colour", "notebook")]
-    [True, True, False, False]
+    >>> [is_firm(name) for name in ("not leather", "price", "colour", "notebook", "no-rust")]
+    [True, True, False, False, False]
     """
-    return FIRM.match(attribute) is not None
+    return FIRM.fullmatch(attribute) is not None
 
 
 def allowed_grades(verdicts: Verdicts) -> frozenset[int]:

@@ -40,6 +40,9 @@ def test_lead_and_its_error_are_those_of_a_bootstrap_over_queries() -> None:
     resampled = delta[picks].sum(1) / pairs[picks].sum(1)
     assert error == pytest.approx(resampled.std(), rel=0.1)
     assert lead(mine, mine) == (0.0, 0.0)
+    assert lead(Order((1.0,), (1,)), Order((0.5,), (1,))) == (0.5, math.inf), (
+        "one query says little"
+    )
     assert math.isnan(lead(Order((), ()), Order((), ()))[0])
 
 

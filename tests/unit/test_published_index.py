@@ -129,6 +129,36 @@ def test_a_refresh_can_be_taken_back_and_a_built_index_cannot(
         PublishedIndex(tmp_path / "empty").undo_refresh()
 
 
+def test_what_was_undone_does_not_come_back(tmp_path: Path, sources: Path) -> None:
+    """A rollback serves an index as refreshed as it was left, not as it was before an undo."""
+    table = publish_all(tmp_path, sources, "a")
+    built = table.current()
+    refresh_all(table, "w")
+    assert table.undo_refresh() == built
+    table.publish(sources / "b", origin("b"), ListSink())
+    assert table.restore("a") == built == table.current() and marks(table) == {"a"}
+    refresh_all(table, "w")
+    assert brands(table) == "a" * 29 + "w" * 30, "the same delta can be applied again"
+
+
+def test_an_index_published_again_is_no_refresh(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a")
+    refresh_all(table, "w")
+    table.publish(sources / "a", origin("a"), ListSink())
+    with pytest.raises(ArtifactError, match="as built"):
+        table.undo_refresh()
+    assert marks(table) == {"a"}
+
+
+def test_an_undo_beyond_what_is_kept_says_what_to_do(tmp_path: Path, sources: Path) -> None:
+    table = publish_all(tmp_path, sources, "a", keep=1)
+    refresh_all(table, "vwx")
+    table.undo_refresh()
+    with pytest.raises(ArtifactError, match=r"is gone.*apply a delta.*refresh\.keep"):
+        table.undo_refresh()
+    assert brands(table) == "a" * 29 + "w" * 30
+
+
 def test_after_a_rollback_the_next_publish_goes_back_to_what_was_served(
     tmp_path: Path, sources: Path
 ) -> None:

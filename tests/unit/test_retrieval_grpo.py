@@ -313,8 +313,10 @@ def test_the_batch_loss_says_what_it_needs(
 ) -> None:
     encoder, pairs = load_encoder(str(encoder_dir)), in_batch_pairs(store)
     columns, places = batch_of(encoder, pairs)
-    with pytest.raises(ConfigError, match="got 5 distinct products"):
-        InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=6)(columns, places)
+    short = InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=6)
+    assert torch.isfinite(short(columns, places)) and short.last_metrics["k"] == 5
+    alone = short(*batch_of(encoder, pairs[:1]))
+    assert alone.item() == 0 and short.last_metrics["frac_reward_zero_std"] == 1
     with pytest.raises(ConfigError, match="row's place"):
         InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=2)(columns, torch.ones(6, 2))
     with pytest.raises(ConfigError, match="3 columns"):
@@ -327,26 +329,28 @@ import torch
 import torch.distributed as dist
 from models.embedder.encoder import load_encoder
 from models.embedder.retrieval_grpo import InBatchRetrievalGRPOLoss
-from models.types import Product, Query
-from tests.unit.test_retrieval_grpo import batch_of
+from tests.unit.test_retrieval_grpo import PAIRS, Late, batch_of
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 
-class Named:
-    name, weight = "first", 1.0
-    def __call__(self, queries, candidates):
-        shown.append(sorted({p.product_id for row in candidates for p in row}))
-        return torch.rand(len(queries), len(candidates[0])).numpy()
-
-shown, kinds = [], ["sofa", "lamp", "rug", "mug"]
-pairs = [(Query(k, f"{k} new"), Product(f"acme-{k}", f"acme {k}")) for k in kinds]
 encoder = load_encoder(sys.argv[3])
-columns, places = batch_of(encoder, pairs[2 * rank : 2 * rank + 2])
-loss = InBatchRetrievalGRPOLoss(encoder, pairs, [Named()], k=4)
+columns, places = batch_of(encoder, PAIRS[2 * rank : 2 * rank + 2])
+loss = InBatchRetrievalGRPOLoss(encoder, PAIRS, [Late()], k=4, beta=0.5)
 loss(columns, places + 2 * rank).backward()
-assert shown == [["acme-lamp", "acme-mug", "acme-rug", "acme-sofa"]], shown
+assert abs(loss.last_metrics["kl"]) < 1e-6, "the reference's vectors are gathered in another order"
+torch.save({n: p.grad for n, p in encoder.named_parameters()}, f"{sys.argv[2]}-{rank}.pt")
 """
+PAIRS = [(Query(k, f"{k} new"), Product(f"acme-{k}", f"acme {k}")) for k in KINDS[:4]]
+
+
+class Late:
+    """Likes what comes late in the alphabet."""
+
+    name, weight = "late", 1.0
+
+    def __call__(self, queries: Sequence[Query], candidates: Sequence[Any]) -> np.ndarray:
+        return np.array([[(ord(p.title[-1]) % 7) / 7 for p in row] for row in candidates])
 
 
 def test_products_are_gathered_across_processes(encoder_dir: Path, tmp_path: Path) -> None:
@@ -362,6 +366,15 @@ def test_products_are_gathered_across_processes(encoder_dir: Path, tmp_path: Pat
     ]
     errors = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors
+    encoder = load_encoder(str(encoder_dir))
+    InBatchRetrievalGRPOLoss(encoder, PAIRS, [Late()], k=4, beta=0.5)(
+        *batch_of(encoder, PAIRS)
+    ).backward()
+    ranks = [torch.load(f"{tmp_path}/meet-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, parameter in encoder.named_parameters():
+        if parameter.grad is not None:  # a process has the mean over its half of the queries
+            both = (ranks[0][name] + ranks[1][name]) / 2
+            assert torch.allclose(both, parameter.grad, atol=1e-5, rtol=1e-3), name
 
 
 def test_the_batch_loss_trains_in_the_library_trainer(
