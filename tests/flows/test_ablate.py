@@ -48,6 +48,7 @@ ADDED = {
         "judge.grpo.max_refills",
         "judge.grpo.gamma",
         "judge.grpo.pool.max_confidence",
+        "judge.grpo.pool.balanced",
     },
     ("sampling", "rrs"): {"judge.grpo.reward.shaped"},
     ("rrs", "agr"): {"judge.grpo.replay"},
@@ -79,6 +80,7 @@ def test_plain_grpo_has_none_of_what_the_later_rows_add() -> None:
     (row,) = chosen_rows(config, ["grpo"])
     grpo = row.config(config).judge.grpo
     assert (grpo.max_refills, grpo.gamma, grpo.pool.max_confidence) == (0, None, None)
+    assert not grpo.pool.balanced
     assert (grpo.reward.shaped, grpo.replay, grpo.spread_kept) == (False, None, False)
 
 
