@@ -25,6 +25,7 @@ Tensor legend: P responses of one part, T tokens.
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,8 @@ from models.objectives.surrogate import reduce_objective, truncated_surrogate
 from models.teacher.response import render_verdicts
 from models.teacher.template import write
 from models.types import Verdicts
+
+log = logging.getLogger(__name__)
 
 
 def hint_text(gold: Verdicts) -> str:
@@ -125,6 +128,11 @@ class GuidedReplay:
     """
 
     def __init__(self, draw: GroupDraw, config: ReplayConfig) -> None:
+        if config.guidance == "prefix" and draw.encoder.config.order == "respond_then_think":
+            log.warning(
+                "guided replay: prefixes begin with the gold grade in respond_then_think, so they "
+                "teach its steps and never the grade; judge.grpo.replay.guidance=hint teaches both"
+            )
         self.draw = draw
         self.config = config
         self.buffer = ReplayBuffer(config.capacity)

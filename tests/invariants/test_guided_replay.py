@@ -446,8 +446,13 @@ def test_a_forced_prefix_is_gold_and_grows_and_shrinks(
     assert metrics["replay/buffer_size"] == 0
 
 
-def test_a_prefix_never_holds_the_whole_response(judge: str) -> None:
+def test_a_prefix_never_holds_the_whole_response(
+    judge: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_sampler(judge, make_pool([4]), with_replay())
+    assert not caplog.records
     sampler = make_sampler(judge, make_pool([4]), with_replay(guidance="prefix"))
+    assert "prefixes begin with the gold grade" in caplog.text
     gold = sampler.draw.encoder.response_segment(write(make_pool([4])[0], "respond_then_think"))
     assert sampler.replay is not None
     for share, length in ((1.0, len(gold) - 2), (0.001, 1)):  # the end token is not forced either
