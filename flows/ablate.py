@@ -17,6 +17,7 @@ from flows.data import prepare_data
 from flows.judge import JudgeStages
 from flows.recipes import PipelineConfig, with_settings
 from models.errors import ConfigError, explain
+from models.judge.config import CrossEncoderConfig
 from tasks.ablation import (
     RECORDS,
     TableConfig,
@@ -222,7 +223,7 @@ def _table(
             full, key = seeded(row.config(config), seed), f"{row.key}/{seed}"
             stages = JudgeStages(full.judge, store, made)
             if row.made == "cross_encoder":
-                answers[key] = _cross_encoder(full, stages)
+                answers[key] = _cross_encoder_answers(full, stages)
                 continue
             judge = _MAKE[row.made](stages)
             answers[key] = stages.answers(judge)
@@ -259,20 +260,24 @@ _MAKE: dict[str, Callable[[JudgeStages], ArtifactRef]] = {
 }
 
 
-def _cross_encoder(config: PipelineConfig, stages: JudgeStages) -> ArtifactRef:
-    settings = config.ablation.cross_encoder
-    model = stages.call(
+def cross_encoder(config: CrossEncoderConfig, stages: JudgeStages) -> ArtifactRef:
+    """The small encoder that grades pairs, trained on the judge's training pairs."""
+    return stages.call(
         judge_cross_encoder,
-        config=settings,
-        base=stages.base_of(settings.base, "embedder"),
+        config=config,
+        base=stages.base_of(config.base, "embedder"),
         prompt=stages.prompt,
         store=stages.store,
     )
+
+
+def _cross_encoder_answers(config: PipelineConfig, stages: JudgeStages) -> ArtifactRef:
+    settings = config.ablation.cross_encoder
     return stages.call(
         cross_encoder_answers,
         config=config.judge.answers,
         max_tokens=settings.max_tokens,
-        cross_encoder=model,
+        cross_encoder=cross_encoder(settings, stages),
         store=stages.store,
     )
 

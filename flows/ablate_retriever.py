@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.markup import escape
 from rich.table import Table
 
+from flows.ablate import cross_encoder
 from flows.data import prepare_data
 from flows.embedder import base_encoder
 from flows.judge import JudgeStages
@@ -54,6 +55,7 @@ TITLES = {
     "rgrpo_relevance": "SFT + R-GRPO, relevance alone",
     "rgrpo_relevance_quality": "SFT + R-GRPO, relevance + quality",
     "rgrpo_weak_judge": "SFT + R-GRPO, SFT-only judge",
+    "rgrpo_cross_encoder": "SFT + R-GRPO, cross-encoder as the judge",
     "rgrpo_no_anchor": "SFT + R-GRPO, no InfoNCE anchor",
 }
 """Rows by the name `--rows` takes, in the order of the table. The first nine are the paper's, and
@@ -75,8 +77,9 @@ class RowPlan(BaseModel):
     hard: HardNegativeConfig | None = None
     rgrpo: RetrievalGRPOConfig | None = None
     rewards: RewardsConfig | None = None
-    judge: Literal["full", "weak"] | None = None
-    """Who mines or rewards: the finished judge, or the one after CoT SFT and its probe."""
+    judge: Literal["full", "weak", "cross_encoder"] | None = None
+    """Who mines or rewards: the finished judge, the one after CoT SFT and its probe, or a small
+    encoder that was fine-tuned to grade pairs (the paper's weak judge is a BERT of 4 layers)."""
 
 
 def row_plan(name: str, config: EmbedderConfig, seed: int) -> RowPlan:
@@ -117,8 +120,14 @@ def row_plan(name: str, config: EmbedderConfig, seed: int) -> RowPlan:
         sft=None if name == "rgrpo_no_sft" else sft,
         rgrpo=rgrpo,
         rewards=rewards,
-        judge="weak" if name == "rgrpo_weak_judge" else "full",
+        judge=_JUDGES.get(name, "full"),
     )
+
+
+_JUDGES: dict[str, Literal["weak", "cross_encoder"]] = {
+    "rgrpo_weak_judge": "weak",
+    "rgrpo_cross_encoder": "cross_encoder",
+}
 
 
 class AblationResult(BaseModel):
@@ -193,6 +202,8 @@ class _Lab:
             self.judges["full"] = stages.calibrated(stages.grpo)
         if "weak" in asked:
             self.judges["weak"] = stages.calibrated(stages.probed)
+        if "cross_encoder" in asked:
+            self.judges["cross_encoder"] = cross_encoder(config.ablation.cross_encoder, stages)
         self.lexical = self._measure("bm25", None, None, 0)
 
     def row(self, plan: RowPlan, seed: int) -> tuple[ArtifactRef, list[ArtifactRef]]:

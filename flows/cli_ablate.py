@@ -127,8 +127,9 @@ def ablate_retriever(
     """Measure the paper's rows and the rewards' ablations on the held-out queries.
 
     Rows: random, bm25, base, sft, sft_longer, rgrpo_no_sft, ranking, dpo, rgrpo; rgrpo_relevance,
-    rgrpo_relevance_quality, rgrpo_weak_judge, rgrpo_no_anchor. Stages that an ordinary run with the
-    same settings has made are taken from the cache. Safe to interrupt: run it again.
+    rgrpo_relevance_quality, rgrpo_weak_judge, rgrpo_cross_encoder, rgrpo_no_anchor. Stages that an
+    ordinary run with the same settings has made are taken from the cache. Safe to interrupt: run it
+    again.
 
     Examples:
 

@@ -253,11 +253,19 @@ def judge_cost(relevance: Any) -> dict[str, float]:
 def judge_relevance(
     ctx: StageContext, judge: ArtifactRef, readout: str = "good", weight: float = 1.0
 ) -> Any:
-    """The judge as a reward, its scores cached under the home by the judge's fingerprint."""
+    """The judge as a reward, its scores cached under the home by the judge's fingerprint.
+
+    A cross-encoder (the stage `judge_cross_encoder`) is one as well; its tokens are not counted.
+    """
+    from models.judge.cross_encoder import CrossEncoder
     from models.judge.scoring import ScoringJudge
     from models.rewards.relevance import JudgeRelevance, ScoreCache
 
-    model = ScoringJudge.load(ctx.open(judge), ctx.settings.torch_device)
+    folder, device = ctx.open(judge), ctx.settings.torch_device
     path = ctx.settings.home / "scores" / f"{judge.fingerprint[:16]}.sqlite"
+    if judge.name == "judge_cross_encoder":
+        small: Any = CrossEncoder(folder, device)
+        return JudgeRelevance(small, ScoreCache(path, judge.fingerprint), readout, weight)  # type: ignore[arg-type]
+    model = ScoringJudge.load(folder, device)
     cache = ScoreCache(path, judge.fingerprint, model.rules_version)
     return JudgeRelevance(model, cache, readout, weight, model.num_tokens)  # type: ignore[arg-type]

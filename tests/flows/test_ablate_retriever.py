@@ -57,6 +57,7 @@ def plan(name: str, seed: int = 0) -> RowPlan:
         ("rgrpo_relevance", "rgrpo", {"rewards.quality", "rewards.exclusivity"}),
         ("rgrpo_relevance_quality", "rgrpo", {"rewards.exclusivity"}),
         ("rgrpo_weak_judge", "rgrpo", {"judge"}),
+        ("rgrpo_cross_encoder", "rgrpo", {"judge"}),
         ("ranking", "sft", {"mining", "hard", "judge"}),
         ("dpo", "ranking", {"hard.loss"}),
         ("bm25", "random", {"channel"}),
@@ -172,9 +173,9 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
     monkeypatch.setattr(flow, "pipeline", no_run)
     monkeypatch.setattr(flow, "prepare_data", lambda config: named("validate", "0"))
     ablate_retriever.fn(small_config(), [0, 1], list(TITLES))
-    rgrpo = 2 * 6
+    rgrpo = 2 * 7
     assert Counter(name for name, _ in called) == {
-        "base_model": 2,  # the encoder's and the judge's
+        "base_model": 2,  # the judge's, and the encoder's, with which a cross-encoder begins too
         "judge_prompt": 1,
         "judge_teacher": 2,
         "judge_cot_sft": 1,
@@ -182,6 +183,7 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
         "judge_pass_at_n": 1,
         "judge_dpo": 1,
         "judge_grpo": 1,
+        "judge_cross_encoder": 1,
         "judge": 2,  # the finished one and the weaker; neither is evaluated here
         "embedder_sft": 2 * 2,
         "embedder_negatives": 2,
@@ -193,15 +195,19 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
     }
 
 
-def test_three_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
+def test_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
     with at_home(chain.home):
-        result = ablate_retriever(small_config(), [0], ["rgrpo", "dpo", "sft"], "dpo")
+        result = ablate_retriever(
+            small_config(), [0], ["rgrpo", "dpo", "sft", "rgrpo_cross_encoder"], "dpo"
+        )
     made = Counter(r.ref.name for r in result.reports if not r.cached)
     assert made == {
-        "retriever_row": 4,  # BM25 is measured for the overlap with it
+        "retriever_row": 5,  # BM25 is measured for the overlap with it
         "embedder_negatives": 1,
         "embedder_hard": 1,
-        "index": 1,
+        "judge_cross_encoder": 1,
+        "embedder_rgrpo": 1,
+        "index": 2,
         "retriever_ablation": 1,
     }
     ordinary = {r.ref.fingerprint for r in chain.results[0].reports}
@@ -215,7 +221,11 @@ def test_three_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
 
         rows, text = read_report(folder)
     overall = {r["run"]: r for r in rows if r["segment"] == "all"}
-    assert list(overall) == [TITLES[name] for name in ("sft", "dpo", "rgrpo")]
+    assert list(overall) == [
+        TITLES[name] for name in ("sft", "dpo", "rgrpo", "rgrpo_cross_encoder")
+    ]
+    small = overall[TITLES["rgrpo_cross_encoder"]]
+    assert small["judge_pairs"] > 0 and small["judge_tokens"] == 0
     for row in overall.values():
         for metric in ("hitrate@100", "recall@10", "ndcg@10", "mrr@10", "goodrate@10", "judged@10"):
             assert 0 <= row[f"{metric}_low"] <= row[metric] <= row[f"{metric}_high"] <= 1
@@ -230,7 +240,7 @@ def test_three_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
     assert 0 < overall[TITLES["dpo"]]["mining_s"] < overall[TITLES["dpo"]]["train_s"]
     assert overall[TITLES["rgrpo"]]["mining_s"] == 0
     assert TITLES["dpo"] in text and "seeds of the retriever: 0" in text
-    assert ablation_table(rows, "t").row_count == 3
+    assert ablation_table(rows, "t").row_count == 4
     ordinary_rows = read_rows(chain)
     for name, title in (("SFT", TITLES["sft"]), ("SFT + R-GRPO", TITLES["rgrpo"])):
         for metric in ("recall@10", "ndcg@10", "hitrate@100", "goodrate@10", "quality@10"):
