@@ -670,11 +670,15 @@ def test_every_prompt_is_handed_out_once_an_epoch() -> None:
 
 def test_what_a_step_has_asked_is_not_asked_again_in_it() -> None:
     pool = PromptPool(4, seed=1)
-    for _ in range(50):
+    for i in range(50):
+        pool.take(i % 3)  # so that epochs end within a step, too
         first = pool.take(3)
         assert len({*first, *pool.take(2, avoid=first)}) == 4, "the fourth, and no other is left"
         assert pool.take(1, avoid=range(4)) == []
-    handed = [i for _ in range(40) for i in pool.take(1)]
+    whole = PromptPool(4, seed=2)
+    handed = [i for _ in range(20) for i in whole.take(1)]
+    handed += [i for i in whole.take(2, avoid=handed[-3:])]
+    handed += [i for _ in range(19) for i in whole.take(1)]
     assert Counter(handed) == dict.fromkeys(range(4), 10), "what had to wait was not lost"
 
 

@@ -781,6 +781,19 @@ def test_a_judge_that_orders_no_better_than_the_encoder_is_named(
     assert [f"the judge has {knows:.0%}" in m for m in warned] == [True] * (knows < 1)
 
 
+def test_a_lead_within_its_error_is_named_too(
+    store: Store,
+    encoder_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retrieval_run, "lead", lambda mine, theirs: (0.01, 0.05))
+    reward = JudgeRelevance(KindJudge(), ScoreCache(":memory:", "v1"))
+    Run(str(encoder_dir), store, [reward], FAST, tmp_path, ListSink(), "cpu")._start()
+    assert "a lead of 1 points, standard error 5; it has little to teach" in caplog.text
+
+
 def test_a_resumed_run_counts_what_it_asked_before(
     store: Store, encoder_dir: Path, tmp_path: Path
 ) -> None:
