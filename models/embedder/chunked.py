@@ -4,7 +4,7 @@ Consumes texts and, after the loss's own backward, the gradients at their vector
 encoder's gradients, a chunk at a time: memory for one chunk's activations instead of all. The
 encoder must be without dropout, as Retrieval-GRPO's is: the second forward has to equal the first.
 
-Shapes: N texts, D dim.
+Shapes: N texts, C of a chunk, D dim.
 """
 
 from __future__ import annotations
@@ -37,25 +37,17 @@ class CachedTexts:
         """[N, D] unit vectors, with gradient where it is on."""
         if self.chunk is None:
             return embed(self.encoder, texts, side)
+        parts = [texts[i : i + self.chunk] for i in range(0, len(texts), self.chunk)]
         with torch.no_grad():
-            parts = [embed(self.encoder, part, side) for part in self._parts(texts)]
-        vectors_ND = torch.cat(parts)
+            leaves = [embed(self.encoder, part, side) for part in parts]
         if torch.is_grad_enabled():
-            vectors_ND.requires_grad_()
-            self._given.append((texts, side, vectors_ND))
-        return vectors_ND
+            for part, leaf_CD in zip(parts, leaves, strict=True):
+                self._given.append((part, side, leaf_CD.requires_grad_()))
+        return torch.cat(leaves)
 
     def backward(self) -> None:
         """Carry the gradients at the vectors on into the encoder."""
-        for texts, side, vectors_ND in self._given:
-            if vectors_ND.grad is None:
-                continue  # the loss did not depend on them
-            for part, grad_CD in zip(
-                self._parts(texts), vectors_ND.grad.split(self.chunk or len(texts)), strict=True
-            ):
-                torch.sum(embed(self.encoder, part, side) * grad_CD).backward()
+        for part, side, leaf_CD in self._given:
+            if leaf_CD.grad is not None:  # else the loss did not depend on them
+                torch.sum(embed(self.encoder, part, side) * leaf_CD.grad).backward()
         self._given.clear()
-
-    def _parts(self, texts: Sequence[str]) -> list[Sequence[str]]:
-        size = self.chunk or len(texts)
-        return [texts[i : i + size] for i in range(0, len(texts), size)]

@@ -168,10 +168,8 @@ def train_on_hard_negatives(
     Raises:
         DataContractError: fewer than two such pairs. DivergenceError: the loss is not finite.
     """
-    every, copies = (
-        every_positive(store, config.min_grade, config.interactions),
-        Copies(store.product_by_id),
-    )
+    every = every_positive(store, config.min_grade, config.interactions)
+    copies = Copies(store.product_by_id)
     known = {q: copies.all_of(ids) for q, ids in known_positives(store, every).items()}
     negatives = {
         q: [p for p in ids if copies.of(p) not in known.get(q, ())] for q, ids in negatives.items()

@@ -60,6 +60,11 @@ def policy_logp(scores_QK: torch.Tensor, tau: float) -> torch.Tensor:
     return functional.log_softmax(scores_QK.float() / tau, dim=-1)
 
 
+def cosines(query_QD: torch.Tensor, product_QKD: torch.Tensor) -> torch.Tensor:
+    """[Q, K] of unit vectors [Q, D], [Q, K, D], in float32: autocast would make an einsum bf16."""
+    return (query_QD[:, None] * product_QKD).sum(-1)
+
+
 def retrieval_grpo(
     scores_QK: torch.Tensor,
     rewards_QK: torch.Tensor,
@@ -165,9 +170,9 @@ class RetrievalGRPOLoss(nn.Module):
         query_QD, *candidates = self.vectors(columns)
         ref_query_QD, *ref_candidates = self.reference_vectors(columns)
         return self.objective(
-            _cosines(query_QD, torch.stack(candidates, dim=1)),
+            cosines(query_QD, torch.stack(candidates, dim=1)),
             labels,
-            _cosines(ref_query_QD, torch.stack(ref_candidates, dim=1)),
+            cosines(ref_query_QD, torch.stack(ref_candidates, dim=1)),
         )
 
     def vectors(self, columns: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
@@ -253,9 +258,9 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
         shown = [[products[distinct[i]] for i in row] for row in chosen_QK.tolist()]
         total_QK, terms = total_reward(self.rewards, queries, shown)
         loss = self.objective(
-            _cosines(query_QD, product_PD[chosen_QK]),
+            cosines(query_QD, product_PD[chosen_QK]),
             torch.from_numpy(total_QK).to(query_QD.device),
-            _cosines(ref_query_QD, ref_PD[chosen_QK]),
+            cosines(ref_query_QD, ref_PD[chosen_QK]),
         )
         means = {f"reward/{name}": float(values.mean()) for name, values in terms.items()}
         self.last_metrics = self.last_metrics | means | {"k": float(chosen_QK.shape[1])}
@@ -284,11 +289,6 @@ def _gathered(
     from sentence_transformers.util import all_gather, all_gather_with_grad
 
     return all_gather(labels), all_gather_with_grad(own_QD), all_gather(reference_QD)
-
-
-def _cosines(query_QD: torch.Tensor, product_QKD: torch.Tensor) -> torch.Tensor:
-    """[Q, K], in float32: autocast would make an einsum bf16."""
-    return (query_QD[:, None] * product_QKD).sum(-1)
 
 
 def train_retrieval_grpo(

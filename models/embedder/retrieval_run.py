@@ -34,7 +34,7 @@ from models.embedder.pairs import (
     known_positives,
     masked_columns,
 )
-from models.embedder.retrieval_grpo import retrieval_grpo
+from models.embedder.retrieval_grpo import cosines, retrieval_grpo
 from models.errors import ConfigError, DataContractError, DivergenceError, explain
 from models.lm.precision import autocast
 from models.objectives.infonce import infonce
@@ -354,7 +354,7 @@ class Run:
             products = [product_text(self.pool.products[i]) for i in distinct]
             d_UD = embed_texts(products, "document")
             d_QKD = d_UD[torch.from_numpy(inverse.reshape(batch.candidates_QK.shape))]
-        return (q_QD[:, None] * d_QKD).sum(-1)  # autocast would make an einsum bf16
+        return cosines(q_QD, d_QKD)
 
     def _update(self, batch: Batch) -> dict[str, float]:
         config = self.config

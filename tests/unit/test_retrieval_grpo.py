@@ -377,15 +377,32 @@ def test_products_are_gathered_across_processes(encoder_dir: Path, tmp_path: Pat
             assert torch.allclose(both, parameter.grad, atol=1e-5, rtol=1e-3), name
 
 
-def test_the_batch_loss_trains_in_the_library_trainer(
-    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+def train_in_the_library(
+    encoder: Any, rows: dict[str, list[Any]], loss: Any, folder: Path, steps: int, batch_size: int
 ) -> None:
+    """Steps of sentence-transformers' own trainer."""
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
 
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    SentenceTransformerTrainer(encoder, arguments, Dataset.from_dict(rows), loss=loss).train()
+
+
+def test_the_batch_loss_trains_in_the_library_trainer(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
     encoder = load_encoder(str(encoder_dir))
     pairs = [
         (store.query_by_id[q], p)
@@ -410,18 +427,8 @@ def test_the_batch_loss_trains_in_the_library_trainer(
         return float((shares @ levels).mean())
 
     before = liked()
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=12,
-        per_device_train_batch_size=12,
-        learning_rate=1e-3,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
     loss = InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=6, beta=0.0)
-    SentenceTransformerTrainer(encoder, arguments, Dataset.from_dict(rows), loss=loss).train()
+    train_in_the_library(encoder, rows, loss, tmp_path, steps=12, batch_size=12)
     assert liked() > before + 0.03
 
 
@@ -443,12 +450,6 @@ def test_loss_module_refuses_labels_of_another_shape(encoder_dir: Path) -> None:
 
 
 def test_loss_module_trains_in_the_library_trainer(encoder_dir: Path, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-
     encoder = load_encoder(str(encoder_dir))
     rows = {
         "query": [f"{k} new" for k in KINDS],
@@ -462,19 +463,8 @@ def test_loss_module_trains_in_the_library_trainer(encoder_dir: Path, tmp_path: 
         return float((q * (good - bad)).sum(1).mean())
 
     before = margin()
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=10,
-        per_device_train_batch_size=6,
-        learning_rate=1e-3,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    SentenceTransformerTrainer(
-        encoder, arguments, Dataset.from_dict(rows), loss=RetrievalGRPOLoss(encoder, beta=0.0)
-    ).train()
+    loss = RetrievalGRPOLoss(encoder, beta=0.0)
+    train_in_the_library(encoder, rows, loss, tmp_path, steps=10, batch_size=6)
     assert margin() > before + 0.05
 
 
