@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -94,14 +94,19 @@ def prepare_encoder(path: str, config: EncoderConfig, out: Path) -> None:
     encoder.save_pretrained(str(out), safe_serialization=True, create_model_card=False)
 
 
+def features(encoder: SentenceTransformer, texts: Sequence[str], side: Side) -> dict[str, Any]:
+    """What the encoder reads of one batch, with the prompt of that side, on its device."""
+    prompt = encoder.prompts.get(side) or None
+    read = encoder.preprocess(list(texts), prompt=prompt)
+    return {k: v.to(encoder.device) if hasattr(v, "to") else v for k, v in read.items()}
+
+
 def embed(encoder: SentenceTransformer, texts: Sequence[str], side: Side) -> torch.Tensor:
     """[N, D] unit vectors of one batch; with gradient where it is on."""
     from torch.nn import functional
 
-    prompt = encoder.prompts.get(side) or None
-    features = encoder.preprocess(list(texts), prompt=prompt)
-    features = {k: v.to(encoder.device) if hasattr(v, "to") else v for k, v in features.items()}
-    return functional.normalize(encoder(features)["sentence_embedding"].float(), dim=-1)
+    vectors_ND = encoder(features(encoder, texts, side))["sentence_embedding"]
+    return functional.normalize(vectors_ND.float(), dim=-1)
 
 
 def encode(

@@ -14,10 +14,10 @@ Departures, all ours where the paper is silent:
 7. The run is watched: when validation recall or the embeddings' spread collapses it stops, and the
    encoder written is the best one seen whose recall had not fallen.
 
-The loop is not the Trainer's, since each step's data depend on the live encoder. Two loss modules
+The loop is not the Trainer's, since each step's data depend on the live encoder. Three loss modules
 work inside SentenceTransformerTrainer: `RetrievalGRPOLoss` on candidates and rewards of the data
-set, `InBatchRetrievalGRPOLoss` as the paper has it, on the Top-K of the gathered batch and rewards
-asked for as it goes.
+set, and with rewards asked for as it goes `InBatchRetrievalGRPOLoss`, as the paper has it, on the
+Top-K of the gathered batch, and `IndexRetrievalGRPOLoss` on the Top-K of a whole catalogue.
 
 Shapes: Q queries, K candidates, U distinct products of a batch, P products gathered, D dim.
 """
@@ -30,17 +30,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from models.embedder.candidates import CandidatePool, stale_share
 from models.embedder.config import RetrievalGRPOConfig
+from models.embedder.encoder import features
 from models.errors import ConfigError, DivergenceError, explain
 from models.objectives.advantages import group_advantages
 from models.objectives.kl import categorical_kl
 from models.objectives.surrogate import clipped_surrogate
 from models.rewards.base import Reward, total_reward
 from models.store import Store
+from models.text import product_text
 from models.types import MetricSink, Product, Query
 
 if TYPE_CHECKING:
@@ -203,6 +207,23 @@ class RetrievalGRPOLoss(nn.Module):
         self.last_metrics = out.metrics
         return out.loss
 
+    def rewarded(
+        self,
+        rewards: Sequence[Reward],
+        queries: Sequence[Query],
+        candidates: Sequence[Sequence[Product]],
+        scores_QK: torch.Tensor,
+        ref_scores_QK: torch.Tensor,
+    ) -> torch.Tensor:
+        """`objective` on what the candidates earn; `last_metrics` has each reward's mean and k."""
+        total_QK, terms = total_reward(rewards, queries, candidates)
+        loss = self.objective(
+            scores_QK, torch.from_numpy(total_QK).to(scores_QK.device), ref_scores_QK
+        )
+        means = {f"reward/{name}": float(values.mean()) for name, values in terms.items()}
+        self.last_metrics = self.last_metrics | means | {"k": float(scores_QK.shape[1])}
+        return loss
+
 
 class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
     """Retrieval-GRPO on the gathered batch, rewarded live [TaoSearchEmb s3.2].
@@ -256,15 +277,109 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
         chosen_QK = scores_QP.topk(min(self.k, len(distinct)), dim=1).indices
         queries = [self.pairs[i][0] for i in labels.tolist()]
         shown = [[products[distinct[i]] for i in row] for row in chosen_QK.tolist()]
-        total_QK, terms = total_reward(self.rewards, queries, shown)
-        loss = self.objective(
+        return self.rewarded(
+            self.rewards,
+            queries,
+            shown,
             cosines(query_QD, product_PD[chosen_QK]),
-            torch.from_numpy(total_QK).to(query_QD.device),
             cosines(ref_query_QD, ref_PD[chosen_QK]),
         )
-        means = {f"reward/{name}": float(values.mean()) for name, values in terms.items()}
-        self.last_metrics = self.last_metrics | means | {"k": float(chosen_QK.shape[1])}
+
+
+class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
+    """Retrieval-GRPO on the Top-K of a whole catalogue, rewarded live [TaoSearchEmb s3.2].
+
+    Dataset columns: query, label = the row's place in `queries`. The catalogue is embedded at the
+    first batch and after every `refresh_every` training batches. The K products of a query are
+    embedded anew, with gradient, so that only their choice is stale. `last_metrics` says how much:
+    pool_age (batches since the catalogue was embedded) and, at a refresh, stale_share (of the
+    batch's Top-K that the old vectors had missed). Each process embeds the catalogue for itself.
+
+    Args:
+        queries: the query behind every row of the data set, for the rewards to read.
+        catalogue: the products to choose from, each id once.
+        rewards: what is maximised, as in `InBatchRetrievalGRPOLoss`.
+        k: candidates of a query.
+        batch_size: products in one forward where the catalogue is embedded.
+
+    Raises:
+        ConfigError: fewer products than `k`, or an interval below one batch.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        queries: Sequence[Query],
+        catalogue: Sequence[Product],
+        rewards: Sequence[Reward],
+        k: int = 16,
+        refresh_every: int = 100,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, **settings)
+        if k > len(catalogue) or refresh_every < 1:
+            got = f"k = {k}, {len(catalogue)} products, refresh_every = {refresh_every}"
+            do = "lower k, or refresh every batch or less often"
+            raise ConfigError(explain(got, "k products or more, an interval of 1 or more", do))
+        self.queries, self.rewards, self.k = queries, rewards, k
+        self.pool = CandidatePool(catalogue, batch_size)
+        self.refresh_every = refresh_every
+
+    def forward(
+        self, sentence_features: Sequence[dict[str, Any]], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss; the numbers behind it are in `last_metrics`.
+
+        Raises:
+            ConfigError: not one column and a place a row.
+        """
+        columns = list(sentence_features)
+        if labels is None or labels.ndim != 1 or len(columns) != 1:
+            shape = None if labels is None else tuple(labels.shape)
+            got = f"{len(columns)} columns, labels {shape}"
+            what = "a column query, and as `label` the row's place in `queries`"
+            raise ConfigError(explain(got, what, "give the data set these two alone"))
+        (query_QD,), (ref_query_QD,) = self.vectors(columns), self.reference_vectors(columns)
+        vectors_QD = query_QD.detach().cpu().numpy()
+        freshness = self._keep_fresh(vectors_QD)
+        rows_QK = self.pool.top_k(vectors_QD, self.k)
+        distinct_U, place = np.unique(rows_QK, return_inverse=True)
+        place_QK = torch.from_numpy(place.reshape(rows_QK.shape)).to(query_QD.device)
+        texts = [product_text(self.pool.products[i]) for i in distinct_U]
+        products = [features(self._encoder, texts, "document")]
+        (product_UD,), (ref_UD,) = _columns(self.model, products), self.reference_vectors(products)
+        if self.towers == "query":
+            product_UD = product_UD.detach()
+        loss = self.rewarded(
+            self.rewards,
+            [self.queries[i] for i in labels.tolist()],
+            [[self.pool.products[i] for i in row] for row in rows_QK],
+            cosines(query_QD, product_UD[place_QK]),
+            cosines(ref_query_QD, ref_UD[place_QK]),
+        )
+        self.last_metrics = self.last_metrics | freshness
         return loss
+
+    def _keep_fresh(self, vectors_QD: np.ndarray) -> dict[str, float]:
+        """Embed the catalogue where that is due; how stale it is, or was."""
+        pool, known = self.pool, self.pool.vectors_ND.size > 0
+        stale: dict[str, float] = {}
+        if not known or (torch.is_grad_enabled() and pool.age >= self.refresh_every):
+            before_QK = pool.top_k(vectors_QD, self.k) if known else None
+            pool.refresh(self._encoder, "retrieval-grpo: embedding the catalogue")
+            if before_QK is not None:
+                fresh_QK = pool.top_k(vectors_QD, self.k)
+                stale = {"stale_share": stale_share(before_QK, fresh_QK)}
+        age = float(pool.age)
+        pool.age += torch.is_grad_enabled()  # an evaluation moves nothing
+        return stale | {"pool_age": age}
+
+    @property
+    def _encoder(self) -> SentenceTransformer:
+        """The model itself where a trainer has wrapped it."""
+        encoder: SentenceTransformer = getattr(self.model, "module", self.model)
+        return encoder
 
 
 def _columns(model: nn.Module, columns: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:

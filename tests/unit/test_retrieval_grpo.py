@@ -24,6 +24,7 @@ from models.embedder.encoder import embed, encode, load_encoder
 from models.embedder.retrieval_grpo import (
     GroupLoss,
     InBatchRetrievalGRPOLoss,
+    IndexRetrievalGRPOLoss,
     RetrievalGRPOLoss,
     retrieval_grpo,
     train_retrieval_grpo,
@@ -415,21 +416,123 @@ def test_the_batch_loss_trains_in_the_library_trainer(
         "product": [p.title for _, p in pairs],
         "label": list(range(len(pairs))),
     }
-    products = list(store.product_by_id.values())
-    levels = quality([pairs[0][0]], [products])[0]
-
-    def liked() -> float:
-        """Quality, weighed by how near the products are."""
-        scores = encode(encoder, sorted(set(rows["query"])), prompt="query") @ (
-            encode(encoder, [p.title for p in products]).T
-        )
-        shares = np.exp(scores / TAU) / np.exp(scores / TAU).sum(1, keepdims=True)
-        return float((shares @ levels).mean())
-
-    before = liked()
+    queries = [q for q, _ in pairs]
+    before = liked(encoder, store, queries, quality)
     loss = InBatchRetrievalGRPOLoss(encoder, pairs, [quality], k=6, beta=0.0)
     train_in_the_library(encoder, rows, loss, tmp_path, steps=12, batch_size=12)
-    assert liked() > before + 0.03
+    assert liked(encoder, store, queries, quality) > before + 0.03
+
+
+def liked(encoder: Any, store: Store, queries: Sequence[Query], quality: Quality) -> float:
+    """Quality of all products, weighed by how near the queries they are."""
+    products = list(store.product_by_id.values())
+    levels = quality([queries[0]], [products])[0]
+    scores = encode(encoder, sorted({q.text for q in queries}), prompt="query") @ (
+        encode(encoder, [p.title for p in products]).T
+    )
+    shares = np.exp(scores / TAU) / np.exp(scores / TAU).sum(1, keepdims=True)
+    return float((shares @ levels).mean())
+
+
+def queries_of(encoder: Any, queries: Sequence[Query]) -> tuple[list[Any], torch.Tensor]:
+    """Their tokenised column, and their places."""
+    return [dict(encoder.preprocess([q.text for q in queries]))], torch.arange(len(queries))
+
+
+def train_queries(store: Store) -> list[Query]:
+    return [store.query_by_id[q] for q in store.query_ids("train")]
+
+
+@pytest.mark.parametrize("towers", ["both", "query"])
+def test_the_catalogue_is_the_pool_and_rewards_are_live(
+    store: Store, encoder_dir: Path, quality: Quality, towers: Any
+) -> None:
+    encoder, queries = load_encoder(str(encoder_dir)), train_queries(store)[:4]
+    products = list(store.product_by_id.values())
+    loss = IndexRetrievalGRPOLoss(
+        encoder, queries, products, [quality], k=3, tau=TAU, towers=towers
+    )
+    got = loss(*queries_of(encoder, queries))
+    score_QP = encode(encoder, [q.text for q in queries], prompt="query") @ (
+        encode(encoder, [product_text(p) for p in products]).T
+    )
+    order_QK = np.argsort(-score_QP, axis=1, kind="stable")[:, :3]
+    chosen_QK = torch.from_numpy(np.take_along_axis(score_QP, order_QK, 1))
+    reward_QK = quality(queries, [[products[i] for i in row] for row in order_QK])
+    want = retrieval_grpo(chosen_QK, torch.from_numpy(reward_QK), chosen_QK, tau=TAU)
+    assert got.item() == pytest.approx(want.loss.item(), abs=1e-5)
+    assert loss.last_metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert loss.last_metrics["reward/quality"] == pytest.approx(float(reward_QK.mean()))
+    got.backward()
+    grad = encoder[0].auto_model.embeddings.word_embeddings.weight.grad
+    touched = [
+        bool(grad[encoder.tokenizer.convert_tokens_to_ids(maker)].abs().max() > 0)
+        for maker in MAKERS
+    ]
+    assert any(touched) is (towers == "both")
+
+
+def test_the_catalogue_is_as_old_as_it_says_and_the_scores_are_not(
+    store: Store, encoder_dir: Path, quality: Quality
+) -> None:
+    encoder, queries = load_encoder(str(encoder_dir)), train_queries(store)[:4]
+    products = list(store.product_by_id.values())
+    loss = IndexRetrievalGRPOLoss(encoder, queries, products, [quality], k=3, refresh_every=2)
+    batch = queries_of(encoder, queries)
+    loss(*batch)
+    first = loss.pool.vectors_ND.copy()
+    assert loss.last_metrics["pool_age"] == 0 and "stale_share" not in loss.last_metrics
+    words = encoder[0].auto_model.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        words += 0.3 * torch.randn(words.shape, generator=torch.Generator().manual_seed(0))
+        loss(*batch)  # an evaluation: neither older nor fresher
+    assert loss.last_metrics["pool_age"] == 1 and np.array_equal(loss.pool.vectors_ND, first)
+    loss(*batch)
+    now_QD = encode(encoder, [q.text for q in queries], prompt="query")
+    stale_QK = loss.pool.top_k(now_QD, 3)
+    assert loss.last_metrics["pool_age"] == 1 and np.array_equal(loss.pool.vectors_ND, first)
+    fresh_ND = encode(encoder, [product_text(p) for p in products])
+    live_QK = torch.from_numpy(np.take_along_axis(now_QD @ fresh_ND.T, stale_QK, 1))
+    rewards_QK = quality(queries, [[products[i] for i in row] for row in stale_QK])
+    want = retrieval_grpo(live_QK, torch.from_numpy(rewards_QK), live_QK).metrics
+    for name in ("entropy", "expected_reward"):
+        assert loss.last_metrics[name] == pytest.approx(want[name], abs=1e-4)
+    loss(*batch)
+    assert loss.last_metrics["pool_age"] == 0
+    assert np.allclose(loss.pool.vectors_ND, fresh_ND, atol=1e-5)
+    missed = stale_share(stale_QK, loss.pool.top_k(now_QD, 3))
+    assert loss.last_metrics["stale_share"] == pytest.approx(missed) and missed > 0
+
+
+def test_the_catalogue_loss_says_what_it_needs(
+    store: Store, encoder_dir: Path, quality: Quality
+) -> None:
+    encoder, queries = load_encoder(str(encoder_dir)), train_queries(store)[:2]
+    products = list(store.product_by_id.values())[:4]
+    for settings in ({"k": 5}, {"k": 2, "refresh_every": 0}):
+        with pytest.raises(ConfigError, match="4 products"):
+            IndexRetrievalGRPOLoss(encoder, queries, products, [quality], **settings)
+    loss = IndexRetrievalGRPOLoss(encoder, queries, products, [quality], k=2)
+    (column,), places = queries_of(encoder, queries)
+    with pytest.raises(ConfigError, match="row's place"):
+        loss([column], torch.ones(2, 2))
+    with pytest.raises(ConfigError, match="2 columns"):
+        loss([column, column], places)
+
+
+def test_the_catalogue_loss_trains_in_the_library_trainer(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    encoder, queries = load_encoder(str(encoder_dir)), train_queries(store)
+    rows = {"query": [q.text for q in queries], "label": list(range(len(queries)))}
+    products = list(store.product_by_id.values())
+    before = liked(encoder, store, queries, quality)
+    loss = IndexRetrievalGRPOLoss(
+        encoder, queries, products, [quality], k=6, refresh_every=4, beta=0.0
+    )
+    train_in_the_library(encoder, rows, loss, tmp_path, steps=12, batch_size=6)
+    assert liked(encoder, store, queries, quality) > before + 0.03
+    assert loss.last_metrics["pool_age"] == 3 and encoder.training
 
 
 def test_query_tower_keeps_the_gradient_off_the_products(encoder_dir: Path) -> None:
