@@ -30,7 +30,8 @@ def plain_logits(lm: Any, texts: Sequence[Segment], tokens: Sequence[range]) -> 
         logits_NTV = lm(input_ids=ids_NT, attention_mask=mask_NT, use_cache=False).logits
         before_NTV = torch.nn.functional.pad(logits_NTV, (0, 0, 1, 0))
         for row, wanted in enumerate(tokens[start : start + len(ids_NT)]):
-            parts.append(before_NTV[row, wanted.start : wanted.stop])
+            kept_MV = before_NTV[row, wanted.start : wanted.stop]
+            parts.append(kept_MV.clone())  # a view would hold on to all of the batch's logits
     return torch.cat(parts).float()
 
 
@@ -40,7 +41,7 @@ def plain_states(backbone: Any, texts: Sequence[Segment], tokens: Sequence[range
     for start, ids_NT, mask_NT in _batches(texts, _device(backbone)):
         out = backbone(input_ids=ids_NT, attention_mask=mask_NT, use_cache=False)
         for row, wanted in enumerate(tokens[start : start + len(ids_NT)]):
-            parts.append(out.last_hidden_state[row, wanted.start : wanted.stop])
+            parts.append(out.last_hidden_state[row, wanted.start : wanted.stop].clone())
     return torch.cat(parts)
 
 

@@ -51,6 +51,22 @@ def agrees(model: SharedPrefixLM) -> bool:
     return _VERDICTS[kind]
 
 
+def decodes(model: SharedPrefixLM) -> bool:
+    """Whether siblings that share one copy of their prompt decode as the plain forward does.
+
+    Asked of a model that `agrees`, and remembered as that is.
+    """
+    kind = ("decoding", *_kind(model))
+    if kind not in _VERDICTS:
+        gap, allowed, why = _compare_decoding(model)
+        if math.isnan(gap):
+            return True
+        _VERDICTS[kind] = gap <= allowed
+        if gap > allowed:
+            log.warning(_warning(model, gap, allowed, why, decoding=True))
+    return _VERDICTS[kind]
+
+
 def exact_tokens(config: Any) -> float:
     """Longest text, padding included, that a tree of levels reads as the plain forward does.
 
@@ -95,7 +111,7 @@ def _compare(model: SharedPrefixLM) -> tuple[float, float, str]:
         [[text[i]] for text, at in zip(texts, tokens, strict=True) for i in at]
     )
     targets_M1 = targets_M1.to(model.device)
-    allowed = TOLERANCE.get(next(model.parameters()).dtype, max(TOLERANCE.values()))
+    allowed = _allowed(model)
     with _as_in_scoring(model):
         alone = [plain_logits(model.lm, [t], [at]) for t, at in zip(texts, tokens, strict=True)]
         want_M = torch.cat(alone).log_softmax(-1).gather(1, targets_M1)
@@ -105,10 +121,45 @@ def _compare(model: SharedPrefixLM) -> tuple[float, float, str]:
             raise
         except Exception as error:  # whatever an architecture without such a cache raises
             return math.inf, allowed, f"{type(error).__name__}: {error}"
+    return _gap(got_M, want_M), allowed, ""
+
+
+@torch.no_grad()
+def _compare_decoding(model: SharedPrefixLM) -> tuple[float, float, str]:
+    """The same of the second of two tokens decoded by two siblings of each text."""
+    tree = built_tree(model.head.weight.shape[0])
+    texts = [text for text in tree.texts() for _ in range(2)]
+    first, second = (
+        [text[(at + step) % len(text)] for at, text in enumerate(texts)] for step in (0, 3)
+    )
+    fed = [(*text, *both) for text, *both in zip(texts, first, second, strict=True)]
+    allowed = _allowed(model)
+    with _as_in_scoring(model):
+        alone = [plain_logits(model.lm, [t], [range(len(t), len(t) + 1)]) for t in fed]
+        want_RV = torch.cat(alone).log_softmax(-1)
+        try:
+            frontier, _ = model.prefill(tree.to(model.device))
+            siblings = frontier.siblings(2, 2)
+            model.step(siblings, torch.tensor(first, device=model.device))
+            got_RV = model.step(siblings, torch.tensor(second, device=model.device)).log_softmax(-1)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a refusal, or whatever an attention of its own raises
+            return math.inf, allowed, f"{type(error).__name__}: {error}"
+    at_R1 = want_RV.argmax(-1, keepdim=True)
+    return _gap(got_RV.gather(1, at_R1), want_RV.gather(1, at_R1)), allowed, ""
+
+
+def _allowed(model: SharedPrefixLM) -> float:
+    return TOLERANCE.get(next(model.parameters()).dtype, max(TOLERANCE.values()))
+
+
+def _gap(got_M: torch.Tensor, want_M: torch.Tensor) -> float:
+    """The largest gap, relative beyond one nat; NaN where the plain forward is not finite."""
     if not bool(torch.isfinite(want_M).all()):
-        return math.nan, allowed, ""
+        return math.nan
     gap = ((got_M - want_M).abs() / want_M.abs().clamp_min(1)).max().item()
-    return (math.inf if math.isnan(gap) else gap), allowed, ""
+    return math.inf if math.isnan(gap) else gap
 
 
 @contextlib.contextmanager
@@ -134,11 +185,16 @@ def _kind(model: SharedPrefixLM) -> tuple[Any, ...]:
     return (*kind, first.dtype, first.device.type)
 
 
-def _warning(model: SharedPrefixLM, gap: float, allowed: float, why: str) -> str:
+def _warning(
+    model: SharedPrefixLM, gap: float, allowed: float, why: str, decoding: bool = False
+) -> str:
     causal_lm = model.causal_lm
     name = getattr(causal_lm, "name_or_path", "") or "unnamed"
     got = why or f"log-probs up to {gap:.2g} from those of the plain forward, allowed {allowed:.0e}"
+    cannot, done = "share prefixes", "scored and trained"
+    if decoding:
+        cannot, done = "decode from a shared prompt", "sampled"
     return (
-        f"{type(causal_lm).__name__} ({name}) cannot share prefixes: {got}. It is scored and "
-        "trained by its plain forward, right but several times slower; choose a Llama or Qwen base"
+        f"{type(causal_lm).__name__} ({name}) cannot {cannot}: {got}. It is {done} by its plain "
+        "forward, right but several times slower; choose a Llama or Qwen base"
     )

@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from models.lm.decoding import Siblings
 from models.lm.plain import PlainSiblings, plain_logits, plain_states
 from models.lm.precision import autocast
-from models.lm.self_check import agrees, exact_tokens
+from models.lm.self_check import agrees, decodes, exact_tokens
 from models.lm.tree import Level, Path, PromptTree, Segment, build_tree, padded, unpadded
 
 __all__ = [
@@ -219,7 +219,9 @@ class SharedPrefixLM(torch.nn.Module):
             _note_checkpointing()
             return True
         width = tree.width + reserve + (0 if root is None else root.ids_NS.shape[1])
-        return width > exact_tokens(causal_lm.config) or not agrees(self)
+        if width > exact_tokens(causal_lm.config) or not agrees(self):
+            return True
+        return reserve > 0 and not decodes(self)
 
     def _plain_logits(self, tree: PromptTree) -> torch.Tensor:
         texts = tree.texts()

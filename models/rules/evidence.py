@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 from models.rules.kinds import Kind, KindLexicon
-from models.rules.wishes import Wishes, wishes_of
+from models.rules.wishes import Wishes, has, wishes_of
 from models.rules.words import WordWeights, closeness
 from models.text import price_text, product_text, terms
 from models.types import Product, Query
@@ -145,7 +145,8 @@ def gather(
     overlap = None
     if weights is not None and asked:
         overlap = _overlap([s for _, s, _ in asked], [c for _, _, c in asked], have, weights)
-    excluded = [(word, stem in have) for word, stem in wishes.excluded]
+    held = has(product_text(product)) if wishes.excluded else ()
+    excluded = [(word, stem in held) for word, stem in wishes.excluded]
     if avoided:
         excluded.append((product.brand.lower(), True))
     return Evidence(

@@ -28,7 +28,9 @@ ALTERNATIVE = re.compile(
     re.I,
 )
 """The brand that is named is the one not wanted."""
-_FREE = re.compile(r"\b([\w]+)-free\b", re.I)
+_FREE = re.compile(r"\b(\w+)-free\b", re.I)
+_WITHOUT = re.compile(rf"\b(?:{NOT})[ -]+\w+|\b\w+[ -]free\b", re.I)
+"""How an item says what it is without: "non-slip", "no dig", "lead free"."""
 _NUMBER = r"((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
 _END = r"(?!\w|[.,]\d)"
 _BEFORE = r"(?:[$€£]|(?:usd|eur|gbp)\b)\s*"
@@ -81,6 +83,15 @@ limit=60.0, alternative=False)
     out = tuple((w, terms(w)[0]) for w in sorted(excluded) if terms(w))
     asked = tuple((w, s) for s, w in words.items())
     return Wishes(asked, out, _number(limit), ALTERNATIVE.search(text) is not None)
+
+
+def has(item: str) -> tuple[str, ...]:
+    """Terms of an item's text but for those of what it says it is without.
+
+    >>> has("Non-Slip Bath Mat, lead free")
+    ('bath', 'mat')
+    """
+    return terms(_WITHOUT.sub(" ", item))
 
 
 def _number(match: re.Match[str] | None) -> float | None:

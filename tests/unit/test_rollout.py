@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.lm import precision, rollout
 from models.lm.rollout import COMPACT_AT, sample
+from models.lm.self_check import decodes
 from models.lm.shared_prefix import SharedPrefixLM, build_tree
 
 PROMPTS = [((1, 2, 3), (4, 5), (6,)), ((1, 2, 3), (4, 5), (7, 8)), ((1, 2, 3), (9,), (6, 6, 6))]
@@ -88,6 +89,7 @@ def test_weights_are_cast_once_and_what_is_drawn_is_what_autocast_draws(
     config = LlamaConfig(**(CONFIG.to_dict() | {"tie_word_embeddings": tied}))
     halved = SharedPrefixLM(LlamaForCausalLM(config), bf16=True)
     head, inner = halved.head, halved.causal_lm.model.layers[0].mlp.up_proj
+    assert decodes(halved)  # the first use compares them, in their own precision
     seen: list[tuple[torch.dtype, torch.dtype]] = []
     step = SharedPrefixLM.step
 

@@ -138,6 +138,27 @@ def test_evidence_of_a_negation_is_not_a_missing_word() -> None:
 
 
 @pytest.mark.parametrize(
+    ("query", "title", "present"),
+    [
+        ("non slip bath mat", "Non-Slip Bath Mat", False),
+        ("non-slip bath mat", "Bath Mat", False),
+        ("non slip bath mat", "Slip bath mat", True),
+        ("lead-free solder", "Lead Free Solder 1 lb.", False),
+        ("lead-free solder", "Lead solder, lead-free flux", True),
+        ("no dig fence", "24 in. No-Dig Metal Fence", False),
+        ("sofa without leather", "Sofa without leather", False),
+        ("sofa without leather", "Free leather care with this sofa", True),
+    ],
+)
+def test_an_item_that_is_without_it_keeps_an_exclusion(
+    query: str, title: str, present: bool
+) -> None:
+    evidence = gather(Query("q", query), Product("p", title))
+    assert [there for _, there in evidence.excluded] == [present]
+    assert evidence.summary().split(", ")[1] == f"{int(present) + len(evidence.missing)} failed"
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "cheaper alternative to acme home sofa",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from models.lm import self_check, shared_prefix
+from models.lm import decoding, plain, self_check, shared_prefix
 from models.lm.rollout import sample
-from models.lm.self_check import agrees, exact_tokens
+from models.lm.self_check import agrees, decodes, exact_tokens
 from models.lm.shared_prefix import Path, SharedPrefixLM, build_tree
 
 VOCAB = 64
@@ -172,6 +173,53 @@ def test_a_wrong_architecture_samples_from_its_plain_distribution(kind: str) -> 
                 assert torch.allclose(torch.tensor(rollout.logps), want, atol=1e-4)
 
 
+def attention_softcap() -> Any:
+    """Read as a tree like any other; its attention asks for more than siblings do."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        **SIZES, final_logit_softcapping=None, attn_logit_softcapping=2.0
+    )
+    return loud(transformers.Gemma2ForCausalLM(config))
+
+
+def test_a_model_that_cannot_decode_from_a_shared_prompt_is_named_and_sampled_plainly(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SharedPrefixLM(attention_softcap())
+    assert agrees(model)
+    prompts = [path[:-1] for path in PATHS]
+    generator = torch.Generator().manual_seed(0)
+    with caplog.at_level(logging.WARNING):
+        groups = sample(
+            model, prompts, group_size=3, max_new_tokens=6, end_id=2, generator=generator
+        )
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "models.lm.self_check"]
+    assert "cannot decode from a shared prompt: ConfigError: got attention with softcap" in warning
+    for prompt, group in zip(prompts, groups, strict=True):
+        for rollout in group:
+            with torch.no_grad():
+                want = plain_logps(model.lm, (*prompt, rollout.ids))
+            assert torch.allclose(torch.tensor(rollout.logps), want, atol=1e-4)
+    monkeypatch.setattr(shared_prefix, "plain_logits", None)  # reading still shares
+    with torch.no_grad():
+        model(build_tree(PATHS))
+
+
+def test_a_model_that_decodes_to_something_else_is_sampled_plainly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attend = decoding.Siblings.attend
+
+    def scaled(self: Any, layer: int, query: Any, key: Any, value: Any, scale: float) -> Any:
+        return attend(self, layer, query, key, value, 1.1 * scale)
+
+    model = SharedPrefixLM(llama())
+    assert decodes(model) and self_check._VERDICTS
+    self_check._VERDICTS.clear()
+    monkeypatch.setattr(decoding.Siblings, "attend", scaled)
+    assert agrees(model) and not decodes(model)
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
 def test_a_right_architecture_shares_its_prefixes_in_silence(
     kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -268,3 +316,35 @@ def test_how_long_a_text_may_be() -> None:
     assert exact_tokens(LlamaConfig(**SIZES, rope_parameters=dynamic)) == 256
     fixed = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     assert exact_tokens(LlamaConfig(**SIZES, rope_parameters=fixed)) == math.inf
+
+
+class Counts(torch.nn.Module):
+    """A model whose logits of earlier batches are looked for in memory at each call."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm, self.alive = lm, [0]
+
+    def forward(self, **given: Any) -> Any:
+        held = {
+            storage.data_ptr(): storage.nbytes()
+            for thing in gc.get_objects()
+            if type(thing) is torch.Tensor and thing.shape[-1:] == (VOCAB,)
+            for storage in [thing.untyped_storage()]
+        }
+        self.alive.append(sum(held.values()))
+        return self.lm(**given)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_plain_logits_of_earlier_batches_are_let_go(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain, "TOKENS_AT_ONCE", 100)
+    counts, texts = Counts(llama()), [ROOT] * 12
+    gc.collect()
+    with torch.set_grad_enabled(trained):
+        got_MV = plain.plain_logits(counts, texts, [range(60, 61)] * 12)
+    assert got_MV.shape == (12, VOCAB)
+    one_batch = 4 * VOCAB * (len(ROOT) + 1)
+    assert len(counts.alive) == 13 and max(counts.alive) - counts.alive[1] < 2.5 * one_batch
