@@ -131,7 +131,7 @@ def judge_rows(config: PipelineConfig) -> tuple[JudgeRow, ...]:
             "rrs",
             "+ rule-aware rewards",
             "grpo",
-            "rewards for right steps, and the rule table's gate",
+            "rewards for right steps, and the rule table's gate; they rank all-wrong groups too",
             (*shaped, _NO_REPLAY),
         ),
         JudgeRow(

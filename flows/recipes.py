@@ -302,6 +302,7 @@ def full(store: str = "synthetic") -> PipelineConfig:
             pass_at_n=PassAtNConfig(prompts=4000, max_new_tokens=256),
             dpo=DpoConfig(optimiser=budget.model_copy(update={"lr": 1e-6}), micro_batch=16),
             grpo=GrpoConfig(
+                optimiser=GrpoConfig().optimiser.model_copy(update={"checkpoint_every": 25}),
                 pool=PoolConfig(candidates=20_000, size=4000),
                 steps=200,
                 prompts_per_step=64,

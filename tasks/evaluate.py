@@ -48,7 +48,7 @@ class RetrievalEvalConfig(BaseModel):
         return max((depth, *info.data.get("ks", ())))
 
 
-@stage(name="evaluate_judge", kind="evaluation", code_version="8")
+@stage(name="evaluate_judge", kind="evaluation", code_version="9")
 def evaluate_judge(
     ctx: StageContext, answers: dict[str, ArtifactRef], judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:

@@ -53,7 +53,7 @@ class AnswersConfig(BaseModel):
     seed: int = 0
 
 
-@stage(name="judge_prompt", kind="judge", code_version="10")
+@stage(name="judge_prompt", kind="judge", code_version="11")
 def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: ArtifactRef) -> None:
     """The prompt format, the training queries' kinds, the catalogue's word weights, and what words
     alone say of the grade.
@@ -69,7 +69,7 @@ def judge_prompt(ctx: StageContext, prompt: PromptConfig, rules: str, store: Art
     spec.write(ctx.out)
 
 
-@stage(name="judge_teacher", kind="data", code_version="6")
+@stage(name="judge_teacher", kind="data", code_version="7")
 def judge_teacher(
     ctx: StageContext,
     config: TeacherConfig,
@@ -158,7 +158,7 @@ def judge_probe(
     )
 
 
-@stage(name="judge_pass_at_n", kind="judge", code_version="7")
+@stage(name="judge_pass_at_n", kind="judge", code_version="8")
 def judge_pass_at_n(
     ctx: StageContext,
     config: PassAtNConfig,
@@ -187,7 +187,7 @@ def judge_pass_at_n(
     return counts
 
 
-@stage(name="judge_dpo", kind="judge", code_version="2")
+@stage(name="judge_dpo", kind="judge", code_version="3")
 def judge_dpo(
     ctx: StageContext,
     config: DpoConfig,
@@ -215,7 +215,7 @@ def judge_dpo(
     )
 
 
-@stage(name="judge_grpo", kind="judge", code_version="9")
+@stage(name="judge_grpo", kind="judge", code_version="10")
 def judge_grpo(
     ctx: StageContext,
     config: GrpoConfig,

@@ -11,7 +11,6 @@ import numpy as np
 
 from models.evaluation.drift import (
     confidence,
-    contradiction_rate,
     coordinated_sample,
     entropy,
     jensen_shannon,
@@ -20,6 +19,7 @@ from models.evaluation.drift import (
 )
 from models.evaluation.monitor import SampleConfig
 from models.store import Store
+from models.teacher.response import contradiction_rate
 from models.text import terms
 from models.types import Pair, Product, Query
 from tasks.artifacts import ArtifactRef

@@ -70,7 +70,7 @@ def trained_on(ref: ArtifactRef, *, artifacts: ArtifactStore) -> ArtifactRef:
     return find_artifact(label, store=artifacts)
 
 
-@stage(name="drift", kind="report", code_version="4")
+@stage(name="drift", kind="report", code_version="5")
 def drift(
     ctx: StageContext,
     sample: SampleConfig,

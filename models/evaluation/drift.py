@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from models.teacher.response import Response
 from models.text import normalise, terms
 
 
@@ -135,10 +134,3 @@ def entropy(probabilities_PL: np.ndarray) -> float:
     p_PL = np.asarray(probabilities_PL, np.float64)
     logs_PL = np.log(p_PL, where=p_PL > 0, out=np.zeros_like(p_PL))
     return float(-(p_PL * logs_PL).sum(1).mean())
-
-
-def contradiction_rate(responses: Sequence[Response]) -> float | None:
-    """Share, of responses that state a grade and verdicts, whose grade breaks the rule table; None
-    when no response states both."""
-    bad = [r.contradicting for r in responses if r.states_both]
-    return sum(bad) / len(bad) if bad else None

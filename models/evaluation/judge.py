@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.teacher.response import ParseOutcome, Response
+from models.teacher.response import ParseOutcome, Response, contradiction_rate
 from models.types import GRADES, Verdicts
 
 
@@ -86,22 +86,19 @@ def reasoning_metrics(
     """Of decoded responses: rule_adherence, contradiction_rate, verdict accuracy, malformed_rate.
 
     rule_adherence: share that is well formed and whose grade its own verdicts allow.
-    contradiction_rate: share, of those stating grade and verdicts, whose grade breaks the rule
-    table; left out where none states both. category_accuracy: share, of pairs with gold verdicts,
-    whose category verdict is right.
+    contradiction_rate: left out where no response states both. category_accuracy: share, of pairs
+    with gold verdicts, whose category verdict is right.
     """
     if not responses:
         return {}
-    stated = sum(r.states_both for r in responses)
-    bad = sum(r.contradicting for r in responses)
     well = sum(r.outcome is ParseOutcome.OK for r in responses)
     known = [(r, g) for r, g in zip(responses, gold, strict=True) if g is not None]
     out = {
         "rule_adherence": sum(r.sound for r in responses) / len(responses),
         "malformed_rate": 1 - well / len(responses),
     }
-    if stated:
-        out["contradiction_rate"] = bad / stated
+    if (rate := contradiction_rate(responses)) is not None:
+        out["contradiction_rate"] = rate
     if known:
         right = sum(r.verdicts is not None and r.verdicts.category == g.category for r, g in known)
         out["category_accuracy"] = right / len(known)

@@ -270,8 +270,9 @@ class ReplayConfig(BaseModel):
 
     guidance: Literal["hint", "prefix"] = "hint"
     """hint: the gold step verdicts stand in the sampler's prompt. prefix: the response is made to
-    begin with the teacher's, and those tokens are not trained on; in respond_then_think the first
-    of them is the grade, so prefixes teach that order its steps only."""
+    begin with the offline template's, whoever taught SFT, and those tokens are not trained on; in
+    respond_then_think the first of them is the grade, so prefixes teach that order its steps
+    only."""
     max_accuracy: float = Field(0.125, ge=0, lt=1)
     """Groups with at most this share of right grades enter the buffer: one of eight. A group with
     more teaches itself."""
@@ -294,7 +295,7 @@ class ReplayConfig(BaseModel):
     max_ratio: float = Field(1.0, gt=0)
     """c of min(c, ratio): at 1 a guided token never weighs more than one of the policy's own."""
     prefix_share: float = Field(0.5, gt=0, lt=1)
-    """guidance="prefix": share of the teacher's response forced at first."""
+    """guidance="prefix": share of the template's response forced at first."""
     prefix_step: float = Field(0.25, gt=0, lt=1)
     """Added to that share when the guided responses fail, taken off when they succeed."""
 
@@ -334,6 +335,12 @@ class GrpoConfig(BaseModel):
     top_k: int = Field(0, ge=0)
     max_new_tokens: int = Field(64, ge=1)
     loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    scale_rewards: Literal["group", "none"] = "group"
+    """What advantages are divided by: a group's std [TaoSR1 s3.3], or nothing, which Dr. GRPO asks
+    for beside its loss."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Whose ratio is clipped: a token's [TaoSR1 s3.3], or a response's, the geometric mean over its
+    tokens (GSPO, which wants clips of about 3e-4)."""
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
     """0.28 is DAPO's clip-higher."""

@@ -80,7 +80,7 @@ def train_dpo(
         rows, reference = batch
         logps = net(build_tree(rows).to(model.device))
         total = logps.logp_PT.sum(1)
-        half = len(rows) // 2
+        half, tokens_B = len(rows) // 2, logps.mask_PT.sum(1)
         ref = reference.to(model.device)
         loss, metrics = dpo_loss(
             total[:half],
@@ -90,6 +90,7 @@ def train_dpo(
             config.beta,
             config.kind,
             config.label_smoothing,
+            (tokens_B[:half], tokens_B[half:]),
         )
         if config.sft_weight:
             chosen = logps.logp_PT[:half][logps.mask_PT[:half]].mean()

@@ -22,7 +22,7 @@ from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import Segment, SharedPrefixLM
 from models.objectives.advantages import group_advantages
 from models.rewards.judge_rules import RewardParts, rule_reward
-from models.teacher.response import ParseOutcome, Response, parse_response
+from models.teacher.response import ParseOutcome, Response, contradiction_rate, parse_response
 from models.teacher.template import gold_verdicts
 from models.types import Pair
 
@@ -127,20 +127,24 @@ def group_members(
 ) -> list[Member]:
     """Responses `trained_from`.. of a group, advantages over the whole group.
 
-    Empty where the rewards of the group are all the same (std under the floor).
+    Empty where there is nothing to learn: the rewards of the group are all the same (std under the
+    floor), or each of these responses is truncated and so left out of the loss.
     """
     rewards_BG = torch.tensor([[j.parts.total for j in judged]])
-    advantages_BG, kept_B = group_advantages(rewards_BG, floor=config.std_floor)
+    advantages_BG, kept_B = group_advantages(
+        rewards_BG, floor=config.std_floor, scale=config.scale_rewards
+    )
     if not bool(kept_B[0]):
         return []
     bound = config.max_advantage
     advantages = advantages_BG[0].clamp(-bound, bound).tolist()
-    return [
+    members = [
         Member(index, r.ids, r.logps, a, r.finished or not config.mask_truncated, forced)
         for a, r in zip(
             advantages[trained_from:], (j.rollout for j in judged[trained_from:]), strict=True
         )
     ]
+    return members if any(m.counted for m in members) else []
 
 
 def parts_of(
@@ -157,7 +161,8 @@ def parts_of(
 
 
 def response_metrics(judged: Sequence[Judged]) -> dict[str, float]:
-    """Reward parts, accuracy, contradictions, lengths and the broken kinds, as shares of `judged`.
+    """Reward parts, accuracy, contradictions, lengths and the broken kinds, as shares of `judged`,
+    contradictions of those that state grade and verdicts.
 
     Lengths are in tokens; names are TRL's where TRL has one.
     """
@@ -170,9 +175,10 @@ def response_metrics(judged: Sequence[Judged]) -> dict[str, float]:
     }
     for kind in (ParseOutcome.EMPTY, ParseOutcome.TRUNCATED, ParseOutcome.MALFORMED):
         out[f"completions/{kind}"] = sum(j.response.outcome is kind for j in judged) / count
+    if (rate := contradiction_rate(j.response for j in judged)) is not None:
+        out["contradiction_rate"] = rate
     return out | {
         "accuracy": share_correct(judged),
-        "contradiction_rate": sum(j.response.contradicting for j in judged) / count,
         "grades/largest_share": largest_grade_share(judged),
         "completions/mean_length": sum(lengths) / count,
         "completions/min_length": min(lengths),

@@ -139,8 +139,11 @@ def _part_loss(
     mask_PT = logps.mask_PT
     old_PT = old_logps(part, logps.logp_PT)
     advantage_P1 = torch.tensor([[m.advantage] for m in part], device=model.device)
+    now_PT, then_PT = logps.logp_PT, old_PT
+    if config.importance_sampling_level == "sequence":
+        now_PT, then_PT = (_mean_everywhere(x_PT, mask_PT) for x_PT in (now_PT, then_PT))
     surrogate_PT, clipped_PT = clipped_surrogate(
-        logps.logp_PT, old_PT, advantage_P1, config.clip_low, config.clip_high
+        now_PT, then_PT, advantage_P1, config.clip_low, config.clip_high
     )
     low_PT = clipped_PT & (advantage_P1 < 0)
     gap_M = (logps.logp_PT - old_PT).detach()[mask_PT]
@@ -160,6 +163,12 @@ def _part_loss(
         objective_PT = surrogate_PT - config.beta * kl_PT
     loss = -reduce_objective(objective_PT, mask_PT, config.loss, config.max_new_tokens)
     return loss, metrics
+
+
+def _mean_everywhere(logp_PT: torch.Tensor, mask_PT: torch.Tensor) -> torch.Tensor:
+    """The mean over a response's tokens, at each of them: what GSPO takes ratios of."""
+    mean_P1 = (logp_PT * mask_PT).sum(1, keepdim=True) / mask_PT.sum(1, keepdim=True).clamp(min=1)
+    return mean_P1.expand_as(logp_PT)
 
 
 @torch.no_grad()

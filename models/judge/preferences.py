@@ -33,7 +33,7 @@ class Sampled:
     """One sampled response of one pair.
 
     correct: well formed, of the gold grade, and not in contradiction with itself. malformed: it
-    ended, and not in the format.
+    ended, and not in the format. contradicting: None where it does not state grade and verdicts.
     """
 
     query_id: str
@@ -43,7 +43,7 @@ class Sampled:
     grade: int | None
     finished: bool
     correct: bool
-    contradicting: bool
+    contradicting: bool | None
     malformed: bool = False
 
 
@@ -95,7 +95,7 @@ def sample_responses(
                     response.grade,
                     rollout.finished,
                     response.sound and response.grade == pair.grade,
-                    response.contradicting,
+                    response.contradicting if response.states_both else None,
                     rollout.finished and not whole,
                 )
             )
@@ -168,17 +168,19 @@ def make_preferences(
     order = judge.encoder.config.order
     preferences = build_preferences(chosen, groups, config, order, responses)
     flat = [s for g in groups for s in g]
+    stated = [s.contradicting for s in flat if s.contradicting is not None]
     _write_jsonl(out / "samples.jsonl", [asdict(s) for s in flat])
     _write_jsonl(out / "preferences.jsonl", [asdict(p) for p in preferences])
     own = sum(p.source == "self_correction" for p in preferences)
+    rate = {"contradiction_rate": sum(stated) / len(stated)} if stated else {}
     return {
         **pass_at(groups),
+        **rate,
         "preferences": len(preferences),
         "self_correction": own,
         "oracle_guidance": len(preferences) - own,
         "malformed_share": sum(s.malformed for s in flat) / len(flat),
         "truncated_share": sum(not s.finished for s in flat) / len(flat),
-        "contradiction_rate": sum(s.contradicting for s in flat) / len(flat),
     }
 
 

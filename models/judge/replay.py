@@ -5,7 +5,7 @@ on, as a loss stream of its own, and the buffer that the checkpoint keeps.
 
 A group at or below the accuracy threshold enters the buffer. A step replays the neediest of it:
 part of a prompt's group is sampled with the gold step verdicts as a hint in the prompt (or with the
-teacher's response forced as its beginning), the rest without; advantages are taken over both, and
+template's response forced as its beginning), the rest without; advantages are taken over both, and
 the guided part trains the policy on the prompt *without* the hint, with the truncated ratio
 min(c, pi(o|x) / pi_old(o|x, hint)).
 
@@ -46,7 +46,7 @@ from models.judge.groups import (
 from models.lm.shared_prefix import Path as TokenPath
 from models.lm.shared_prefix import Segment, SharedPrefixLM, build_tree
 from models.objectives.surrogate import reduce_objective, truncated_surrogate
-from models.teacher.response import render_verdicts
+from models.teacher.response import contradiction_rate, render_verdicts
 from models.teacher.template import write
 from models.types import Verdicts
 
@@ -268,8 +268,8 @@ class GuidedReplay:
                 out[f"replay/accuracy_{name}"] = share_correct(judged)
                 out[f"replay/reward_{name}"] = sum(j.parts.total for j in judged) / len(judged)
         if flat:
-            contradicting = sum(j.response.contradicting for j in flat)
-            out["replay/contradiction_rate"] = contradicting / len(flat)
+            if (rate := contradiction_rate(j.response for j in flat)) is not None:
+                out["replay/contradiction_rate"] = rate
             out["replay/clipped_ratio"] = sum(not j.rollout.finished for j in flat) / len(flat)
             if self.config.guidance == "prefix":
                 out["replay/prefix_share"] = sum(s.prefix_share for s in batch) / len(batch)

@@ -126,7 +126,8 @@ class GroupSampler:
         """The group with advantages, or nothing when it is of the wrong difficulty.
 
         0 < #correct < gamma, or the std of the rewards is above the floor (`keep_spread`)
-        [TaoSR1 s3.3]; a group whose rewards are all the same has no gradient and is never kept.
+        [TaoSR1 s3.3]; a group whose rewards are all the same, or whose responses are all truncated
+        and masked, has no gradient and is never kept.
         """
         config = self.config
         correct = sum(j.correct for j in judged)

@@ -24,12 +24,14 @@ def dpo_loss(
     beta: float,
     kind: DpoLoss = "sigmoid",
     label_smoothing: float = 0.0,
+    tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """-E log sigmoid(beta * ((logp+ - ref+) - (logp- - ref-))) [TaoSR1 s3.2].
 
     All inputs are log-probs **summed** over response tokens (a mean is another algorithm).
-    ipo: (margin - 1 / (2 beta))^2 on the unscaled margin; robust: label noise `label_smoothing`.
-    At the reference the sigmoid loss is log 2.
+    ipo: (margin - 1 / (2 beta))^2 on the unscaled margin, by token where `tokens` has the lengths
+    of chosen and rejected, as in TRL: the target is one number, a sum grows with the text. robust:
+    label noise `label_smoothing`. At the reference the sigmoid loss is log 2.
 
     Raises:
         ConfigError: an unknown kind.
@@ -42,7 +44,10 @@ def dpo_loss(
     if kind == "sigmoid":
         loss_B = -F.logsigmoid(beta * margin_B)
     elif kind == "ipo":
-        loss_B = (margin_B - 1 / (2 * beta)) ** 2
+        num_chosen_B, num_rejected_B = (1, 1) if tokens is None else tokens
+        mean_B = (chosen_B - ref_chosen_B) / num_chosen_B
+        mean_B = mean_B - (rejected_B - ref_rejected_B) / num_rejected_B
+        loss_B = (mean_B - 1 / (2 * beta)) ** 2
     elif kind == "robust":
         eps = label_smoothing
         kept, flipped = F.logsigmoid(beta * margin_B), F.logsigmoid(-beta * margin_B)

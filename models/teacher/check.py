@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.rules.table import contradicts
-from models.teacher.response import ParseOutcome, attribute_name, parse_response, render_response
+from models.teacher.response import (
+    ParseOutcome,
+    attribute_name,
+    each_once,
+    parse_response,
+    render_response,
+)
 from models.text import plain_line
 from models.types import Pair, Verdicts
 
@@ -25,12 +31,13 @@ class Checked:
 def known_verdicts(pair: Pair) -> Verdicts | None:
     """The store's own verdicts, where it has some that its grade does not contradict.
 
-    Attributes are named as the response format can hold them; one without a name is left out.
+    Attributes are named as the response format can hold them, each once (`each_once`); one without
+    a name is left out.
     """
     if pair.verdicts is None or contradicts(pair.grade, pair.verdicts):
         return None
     named = ((attribute_name(name), holds) for name, holds in pair.verdicts.attributes)
-    return Verdicts(pair.verdicts.category, tuple(known for known in named if known[0]))
+    return Verdicts(pair.verdicts.category, each_once(known for known in named if known[0]))
 
 
 def check(text: str, pair: Pair, max_words: int | None = None) -> Checked:

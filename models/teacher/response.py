@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +71,13 @@ class Response:
     def sound(self) -> bool:
         """Well formed, and in agreement with itself."""
         return self.outcome is ParseOutcome.OK and not self.contradicting
+
+
+def contradiction_rate(responses: Iterable[Response]) -> float | None:
+    """Share, of responses that state a grade and verdicts, whose grade breaks the rule table or
+    whose decision is another; None when no response states both."""
+    bad = [r.contradicting for r in responses if r.states_both]
+    return sum(bad) / len(bad) if bad else None
 
 
 _STATED = re.compile(r"(?m)^(?:category|decision): (\w+)$|^attributes: (.+)$")
@@ -167,6 +175,18 @@ def attribute_name(name: str) -> str:
     return plain_line(_NEXT.sub(" ", name))
 
 
+def each_once(attributes: Iterable[tuple[str, bool]]) -> tuple[tuple[str, bool], ...]:
+    """One verdict a name, in order of appearance: no where any of them is no.
+
+    >>> each_once([("price", True), ("red", True), ("price", False)])
+    (('price', False), ('red', True))
+    """
+    out: dict[str, bool] = {}
+    for name, holds in attributes:
+        out[name] = holds and out.get(name, True)
+    return tuple(out.items())
+
+
 def verdict_spans(text: str) -> list[tuple[int, int]]:
     """Where a response states its verdicts: category, each yes and no, the decision.
 
@@ -212,6 +232,7 @@ def _verdicts(steps: list[tuple[str, str]]) -> Verdicts | None:
     if attributes == "none":
         return Verdicts(Category(category))
     matches = [_ATTRIBUTE.fullmatch(part) for part in _NEXT.split(attributes)]
-    if any(m is None for m in matches):
-        return None
-    return Verdicts(Category(category), tuple((m[1], m[2] == "yes") for m in matches if m))
+    verdicts = tuple((m[1], m[2] == "yes") for m in matches if m)
+    if len({name for name, _ in verdicts}) < len(matches):
+        return None  # one that cannot be read, or a name twice: which of its verdicts would count?
+    return Verdicts(Category(category), verdicts)

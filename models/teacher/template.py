@@ -10,7 +10,7 @@ from __future__ import annotations
 from models.rules.evidence import Evidence, gather
 from models.rules.table import leading_to
 from models.teacher.check import known_verdicts
-from models.teacher.response import Order, render_response
+from models.teacher.response import Order, each_once, render_response
 from models.text import plain_line
 from models.types import Category, Pair, Verdicts
 
@@ -41,8 +41,9 @@ def _attributes(evidence: Evidence) -> tuple[tuple[str, bool], ...]:
     wishes += [(f"not {w}", not present) for w, present in evidence.excluded]
     if evidence.price_ok is not None:
         wishes.append(("price", evidence.price_ok))
-    failed = [w for w in wishes if not w[1]]
-    held = [w for w in wishes if w[1]]
+    once = each_once(wishes)  # a word of the query may be called price
+    failed = [w for w in once if not w[1]]
+    held = [w for w in once if w[1]]
     return tuple((failed[: MAX_ATTRIBUTES - 1] + held)[:MAX_ATTRIBUTES])
 
 

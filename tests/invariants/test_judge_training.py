@@ -754,6 +754,50 @@ def test_only_groups_of_the_right_difficulty_are_kept(
         assert sum(group) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_group_of_truncated_responses_is_refilled_where_they_are_left_out_of_the_loss(
+    judge: str, monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    """It would be a step without a gradient that counts as full."""
+    pool = [make_pair(title=f"sofa {i}", grade=2) for i in range(4)]
+    config = GRPO.model_copy(
+        update={
+            "group_size": 2, "prompts_per_step": 2, "max_refills": 1, "mask_truncated": masked
+        }
+    )  # fmt: skip
+    cut: list[int] = []
+
+    def script(index: int) -> list[str]:
+        if len(cut) < 2:  # the first two prompts
+            cut.append(index)
+            return ["2...", "3..."]
+        return ["2", "3..."]
+
+    sampler, asked = make_sampler(judge, pool, config, script, monkeypatch)
+    metrics = sampler.refresh()
+    kept = {m.prompt_index for m in sampler.members}
+    assert asked == ([2, 2] if masked else [2])
+    assert metrics["groups/kept_share"] == (0.5 if masked else 1)
+    assert (kept & set(cut) == set()) is masked and metrics["groups/short"] == 0
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_advantages_are_scaled_as_told(
+    judge: str, monkeypatch: pytest.MonkeyPatch, scale: str
+) -> None:
+    pool = [make_pair(title="sofa", grade=2)]
+    config = GRPO.model_copy(
+        update={"group_size": 4, "prompts_per_step": 1, "max_refills": 0, "scale_rewards": scale}
+    )
+    sampler, _ = make_sampler(judge, pool, config, lambda _: ["2", "3", "3", "3"], monkeypatch)
+    sampler.refresh()
+    std = math.sqrt(0.25 * 0.75)
+    want = [0.75, -0.25, -0.25, -0.25]
+    if scale == "group":
+        want = [a / std for a in want]
+    assert [m.advantage for m in sampler.members] == pytest.approx(want)
+
+
 @pytest.mark.parametrize("refills", [0, 1, 3])
 def test_refills_are_bounded(judge: str, monkeypatch: pytest.MonkeyPatch, refills: int) -> None:
     pool = [make_pair(title=f"sofa {i}", grade=2) for i in range(40)]

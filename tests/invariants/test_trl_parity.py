@@ -39,7 +39,12 @@ BETA = 0.04
 
 
 def trl_dpo(
-    logp_BT: torch.Tensor, ref_B: torch.Tensor, beta: float, kind: str, smoothing: float = 0.0
+    logp_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    ref_B: torch.Tensor,
+    beta: float,
+    kind: str,
+    smoothing: float,
 ) -> torch.Tensor:
     """TRL's DPO loss; rows are chosen then rejected, log-probs one a response token."""
     from accelerate import Accelerator
@@ -65,7 +70,7 @@ def trl_dpo(
     inputs = {
         "input_ids": torch.ones(rows, tokens + 1, dtype=torch.long),
         "attention_mask": torch.ones(rows, tokens + 1, dtype=torch.long),
-        "completion_mask": torch.ones(rows, tokens + 1, dtype=torch.long),
+        "completion_mask": torch.nn.functional.pad(mask_BT.long(), (1, 0)),
         "ref_chosen_logps": ref_B[: rows // 2],
         "ref_rejected_logps": ref_B[rows // 2 :],
     }
@@ -73,14 +78,18 @@ def trl_dpo(
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize(("kind", "smoothing"), [("sigmoid", 0.0), ("robust", 0.2)])
+@pytest.mark.parametrize(("kind", "smoothing"), [("sigmoid", 0.0), ("robust", 0.2), ("ipo", 0.0)])
 def test_dpo_equals_trl(beta: float, kind: Any, smoothing: float) -> None:
     random = torch.Generator().manual_seed(3)
-    logp_BT = (-3 * torch.rand(8, 9, generator=random)).requires_grad_()
+    mask_BT = torch.arange(9)[None] < torch.tensor([9, 3, 5, 8, 2, 7, 9, 4])[:, None]
+    logp_BT = (-3 * torch.rand(8, 9, generator=random) * mask_BT).requires_grad_()
     ref_B = logp_BT.detach().sum(1) + 4 * torch.randn(8, generator=random)
-    theirs = trl_dpo(logp_BT, ref_B, beta, kind, smoothing)
-    total_B = logp_BT.sum(1)
-    ours, _ = dpo_loss(total_B[:4], total_B[4:], ref_B[:4], ref_B[4:], beta, kind, smoothing)
+    theirs = trl_dpo(logp_BT, mask_BT, ref_B, beta, kind, smoothing)
+    (chosen_B, rejected_B), (ref_chosen_B, ref_rejected_B) = logp_BT.sum(1).chunk(2), ref_B.chunk(2)
+    tokens = mask_BT[:4].sum(1), mask_BT[4:].sum(1)
+    ours, _ = dpo_loss(
+        chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta, kind, smoothing, tokens
+    )
     assert ours.item() == pytest.approx(theirs.item(), abs=TOLERANCE)
     gradients = [torch.autograd.grad(x, logp_BT, retain_graph=True)[0] for x in (ours, theirs)]
     assert torch.allclose(*gradients, atol=TOLERANCE)
@@ -115,7 +124,9 @@ def make_batch(seed: int = 0, rows: int = 6) -> Batch:
     return Batch(logp_BT, old_BT, ref_BT, mask_BT, advantage_B)
 
 
-def trl_grpo(batch: Batch, loss: str, clip_low: float, clip_high: float) -> torch.Tensor:
+def trl_grpo(
+    batch: Batch, loss: str, clip_low: float, clip_high: float, level: str = "token"
+) -> torch.Tensor:
     """TRL's GRPO loss with beta = BETA; fails unless the clip was active."""
     from accelerate import Accelerator
     from trl import GRPOTrainer
@@ -129,7 +140,7 @@ def trl_grpo(batch: Batch, loss: str, clip_low: float, clip_high: float) -> torc
     )
     trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = trainer.use_vllm = False
     trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = 1.0, None
-    trainer.importance_sampling_level, trainer.loss_type = "token", loss
+    trainer.importance_sampling_level, trainer.loss_type = level, loss
     trainer.beta, trainer.epsilon_low, trainer.epsilon_high = BETA, clip_low, clip_high
     trainer.current_gradient_accumulation_steps = 1
     trainer.max_completion_length = MAX_TOKENS
@@ -191,6 +202,19 @@ def test_grpo_equals_trl(loss: str, clip_high: float) -> None:
     batch = make_batch()
     theirs = trl_grpo(batch, loss, 0.2, clip_high)
     ours = our_part_loss(batch, config(loss, clip_high))
+    assert ours.item() == pytest.approx(theirs.item(), abs=TOLERANCE)
+    gradients = [torch.autograd.grad(x, batch.logp_BT)[0] for x in (ours, theirs)]
+    assert torch.allclose(*gradients, atol=TOLERANCE)
+    assert gradients[0].abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ratios_of_whole_responses_equal_trl(loss: str) -> None:
+    """GSPO."""
+    batch = make_batch(seed=2)
+    theirs = trl_grpo(batch, loss, 0.05, 0.08, level="sequence")
+    settings = config(loss, 0.08, clip_low=0.05, importance_sampling_level="sequence")
+    ours = our_part_loss(batch, settings)
     assert ours.item() == pytest.approx(theirs.item(), abs=TOLERANCE)
     gradients = [torch.autograd.grad(x, batch.logp_BT)[0] for x in (ours, theirs)]
     assert torch.allclose(*gradients, atol=TOLERANCE)

@@ -11,7 +11,6 @@ import pytest
 from models.evaluation import drift
 from models.evaluation.drift import (
     confidence,
-    contradiction_rate,
     coordinated_sample,
     entropy,
     jensen_shannon,
@@ -20,8 +19,6 @@ from models.evaluation.drift import (
     mmd,
     new_term_share,
 )
-from models.teacher.response import ParseOutcome, Response
-from tests.builders import make_verdicts
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -114,21 +111,3 @@ def test_confidence_and_entropy_by_hand() -> None:
     p_PL = np.array([sure, torn], np.float32)
     assert confidence(p_PL) == pytest.approx((1 + 0.25) / 2)
     assert entropy(p_PL) == pytest.approx((0 + math.log(4)) / 2)
-
-
-def response(grade: int | None, category: str | None) -> Response:
-    """A response that states a grade and a category, or does not."""
-    verdicts = None if category is None else make_verdicts(category)
-    return Response(ParseOutcome.OK, grade, verdicts, "")
-
-
-def test_contradictions_are_counted_among_those_that_state_both() -> None:
-    given = [
-        response(1, "mismatch"),
-        response(4, "mismatch"),
-        response(4, "match"),
-        response(None, "match"),
-        response(4, None),
-    ]
-    assert contradiction_rate(given) == 1 / 3
-    assert contradiction_rate(given[3:]) is None and contradiction_rate([]) is None

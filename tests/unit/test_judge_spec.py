@@ -15,7 +15,8 @@ from models.judge.config import PromptConfig
 from models.judge.prompt import PairText
 from models.judge.spec import JudgeSpec
 from models.lm.weights import load_tokenizer
-from tests.builders import make_pair, make_tiny_judge
+from models.types import Pair
+from tests.builders import make_pair, make_pairs, make_tiny_judge
 
 
 def test_round_trip_with_lexicon_rules_and_threshold(tmp_path: Path) -> None:
@@ -71,6 +72,39 @@ def test_evidence_is_of_what_the_prompt_shows_of_a_query() -> None:
         evidence, _ = fitted.evidence(query, pair.product)
         assert evidence.excluded == (("leather", False),), query.text
         assert evidence.missing == ()
+
+
+@pytest.mark.parametrize("categories", [False, True])
+def test_no_label_of_a_query_reaches_its_own_prompts(tmp_path: Path, categories: bool) -> None:
+    """What the judge is told is fitted on labels; a query's own are left out when it is read."""
+    pairs = [
+        replace(p, product=replace(p.product, category=f"Home > {p.product.title.split()[0]}"))
+        if categories
+        else p
+        for p in make_pairs(60)
+    ]
+    text_of = {p.query.text for p in pairs}
+    tokenizer = load_tokenizer(make_tiny_judge(tmp_path, pairs))
+
+    def told(pairs: list[Pair]) -> dict[str, list[str]]:
+        spec = JudgeSpec.fit(PromptConfig(), pairs, [p.product for p in pairs])
+        text = PairText(tokenizer, spec)
+        return {q: ["\n".join(text.item(p.query, p.product)) for p in of(q)] for q in text_of}
+
+    def of(query: str) -> list[Pair]:
+        return [p for p in pairs if p.query.text == query]
+
+    def seen(lines: list[str]) -> list[str]:
+        # the estimate learns of other queries by kinds that know this one's labels (estimate.py)
+        return [line.split(", words say")[0] for line in lines] if categories else lines
+
+    truth, others_differ = told(pairs), 0
+    for query in sorted(text_of)[:4]:
+        lying = [replace(p, grade=5 - p.grade) if p.query.text == query else p for p in pairs]
+        lie = told(lying)
+        assert seen(lie[query]) == seen(truth[query])
+        others_differ += any(lie[q] != truth[q] for q in text_of if q != query)
+    assert others_differ == 4
 
 
 def test_the_item_is_cut_where_the_prompt_says(tmp_path: Path) -> None:

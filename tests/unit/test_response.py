@@ -8,10 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from models.rewards.config import RuleRewardConfig
+from models.rewards.judge_rules import rule_reward
 from models.rules.table import allowed_grades, leading_to
 from models.teacher.response import (
     Order,
     ParseOutcome,
+    Response,
+    contradiction_rate,
     in_order,
     parse_response,
     render_response,
@@ -26,7 +30,7 @@ words = st.text("abcdefgh ", min_size=1, max_size=12).map(str.strip).filter(bool
 verdicts = st.builds(
     Verdicts,
     st.sampled_from(Category),
-    st.lists(st.tuples(words, st.booleans()), max_size=4).map(tuple),
+    st.lists(st.tuples(words, st.booleans()), max_size=4, unique_by=lambda v: v[0]).map(tuple),
 )
 
 
@@ -68,7 +72,9 @@ def test_the_teachers_words_are_read_back_as_written(
     assert read.verdicts == gold_verdicts(pair)
 
 
-@given(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=4))
+@given(
+    st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=4, unique_by=lambda v: v[0])
+)
 def test_numbers_are_read_back_as_names(stated: list[tuple[str, bool]]) -> None:
     want = Verdicts(Category.MATCH, tuple(stated))
     text = render_response("q", "i", want, 4, "respond_then_think")
@@ -215,6 +221,39 @@ def test_six_lines_are_not_yet_the_format(steps: tuple[str, ...]) -> None:
 def test_a_verdict_stated_twice_is_none() -> None:
     text = "4\ncategory: mismatch\nquery: a\nattributes: none\ncategory: match\ndecision: excellent"
     assert parse_response(text, "respond_then_think").verdicts is None
+
+
+@pytest.mark.parametrize("said", ["colour no, colour yes", "a yes, b no, a yes"])
+def test_an_attribute_stated_twice_cannot_be_read(said: str) -> None:
+    text = "\n".join(("4", *GOOD[:3], f"attributes: {said}", GOOD[4]))
+    read = parse_response(text, "respond_then_think")
+    assert (read.outcome, read.verdicts) == (ParseOutcome.MALFORMED, None)
+    earned = rule_reward(
+        read, 4, make_verdicts(colour=True), RuleRewardConfig(), "respond_then_think"
+    )
+    assert earned.total == 0
+
+
+def test_the_teacher_states_each_attribute_once() -> None:
+    """A word of the query may have the name of another wish, and a store may repeat itself."""
+    words = replace(make_pair("price gun under $60", "Price gun", 2), verdicts=None)
+    words = replace(words, product=replace(words.product, price=90.0))
+    assert gold_verdicts(words).attributes[0] == ("price", False)
+    told = Verdicts(Category.MATCH, (("size", True), ("size, ", False)))
+    given = replace(make_pair(grade=2), verdicts=told)
+    for pair in (words, given):
+        read = parse_response(write(pair, "respond_then_think"), "respond_then_think")
+        assert read.outcome is ParseOutcome.OK and read.verdicts == gold_verdicts(pair)
+
+
+def test_contradictions_are_counted_among_those_that_state_both() -> None:
+    grades = [(1, "mismatch"), (4, "mismatch"), (4, "match"), (None, "match"), (4, None)]
+    read = [
+        Response(ParseOutcome.OK, grade, category and make_verdicts(category), "")
+        for grade, category in grades
+    ]
+    assert contradiction_rate(read) == 1 / 3
+    assert contradiction_rate(read[3:]) is None and contradiction_rate([]) is None
 
 
 def test_a_decision_for_another_grade_is_a_contradiction() -> None:
