@@ -9,11 +9,13 @@ that is replaced by a rename, so a reader sees the old version or the new one, n
     <folder>/versions/<n>.npy        its probes
     <folder>/versions/left-<index>   the refreshes an index had when its last version was removed
     <folder>/pending                 the refresh that has begun to write, if any
+    <folder>/undo                    the undo that has begun: versions taken back and served, if any
     <folder>/keep                    how many published versions stay, as last asked for
 
 Order of a publish: rows -> indexes -> measured, gate -> record of the version -> tag -> clean-up. A
 crash between any two leaves the tag where it was; the next run either finds the record
-and moves the tag, or writes the version again. Versions that were published and are kept carry a
+and moves the tag, or writes the version again. An undo is written down before its first step, and
+whoever writes next takes the rest of its steps. Versions that were published and are kept carry a
 tag `v<n>` of their own, which is what stops LanceDB's clean-up. That goes by age alone: nothing
 younger than the oldest tagged version is removed. So when the version that a rollback goes to grows
 older than the others, its rows are committed anew (the data is shared) and its tag follows them.
@@ -212,17 +214,25 @@ class PublishedIndex:
             if target is None:
                 got = f"a rollback from version {current.version}, the first one published"
                 raise ArtifactError(explain(got, "an earlier version", "publish another index"))
-            return self._back(current, self._known(target))
+            found = self._known(target)
+            self._keep_current()
+            self._move(found.version)
+            log.info("rolled back from version %d to %d", current.version, found.version)
+            return found
 
     def undo_refresh(self) -> Publication:
         """Serve the version before the last refresh again, and forget the one with it: no rollback
         may come back to that. What is refreshed next begins at what is served.
 
+        An undo that a crash cut off is finished instead, and nothing further is taken back.
+
         Raises:
             ArtifactError: nothing is published, the served version is as its index was built, or
                 the version before is not kept.
         """
-        with self.writing():
+        with self._locked():
+            if (served := self._finish_undo()) is not None:
+                return served
             current = self.current()
             if current is None:
                 raise self._nothing()
@@ -239,31 +249,18 @@ class PublishedIndex:
                 got = f"version {current.version}; the one before its last refresh is gone"
                 do = "apply a delta with the right rows; refresh.keep says how many versions stay"
                 raise ArtifactError(explain(got, "a kept version without that refresh", do))
-            self._back(current, before)
-            tags = open_table(self.folder).tags
-            if (own := f"v{current.version}") in tags.list():
-                tags.delete(own)
-            for kind in (".json", ".npy"):
-                self._path(current.version).with_suffix(kind).unlink(missing_ok=True)
+            replace_text(self._undo, json.dumps([current.version, before.version]))
+            self._finish_undo()
             return before
-
-    def _back(self, current: Publication, to: Publication) -> Publication:
-        self._keep_current()
-        self._move(to.version)
-        log.info("rolled back from version %d to %d", current.version, to.version)
-        return to
 
     # ------------------------------------------------------------ for writers, under the lock
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder's lock; the system frees it when the process dies."""
-        from filelock import FileLock
-
-        (self.folder / "versions").mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "writer.lock"):
-            if self._asked is not None:
-                replace_text(self.folder / "keep", str(self._asked))
+        """Hold the folder's lock; the system frees it when the process dies. An undo that a crash
+        cut off is finished first."""
+        with self._locked():
+            self._finish_undo()
             yield
 
     def finished(self, work: str) -> Publication | None:
@@ -341,6 +338,36 @@ class PublishedIndex:
         return np.load(self._path(version).with_suffix(".npy"), allow_pickle=False)
 
     # ------------------------------------------------------------ inside
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        from filelock import FileLock
+
+        (self.folder / "versions").mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "writer.lock"):
+            if self._asked is not None:
+                replace_text(self.folder / "keep", str(self._asked))
+            yield
+
+    @property
+    def _undo(self) -> Path:
+        return self.folder / "undo"
+
+    def _finish_undo(self) -> Publication | None:
+        """Take the steps of the undo that was written down, those taken before as well; returns
+        what is served then. None: no undo was begun."""
+        if not self._undo.is_file():
+            return None
+        undone, before = json.loads(self._undo.read_text(encoding="utf-8"))
+        self._move(before)
+        tags = open_table(self.folder).tags
+        if f"v{undone}" in tags.list():
+            tags.delete(f"v{undone}")
+        for kind in (".json", ".npy"):
+            self._path(undone).with_suffix(kind).unlink(missing_ok=True)
+        self._undo.unlink()
+        log.info("the refresh to version %d is undone, version %d is served", undone, before)
+        return self._record(before)
 
     def _copy(self, source: Table, facts: IndexFacts) -> Table:
         """The source's rows as a new version with indexes of its own; older versions stay."""

@@ -161,6 +161,76 @@ def test_refresh(start: Path, tmp_path: Path) -> None:
     assert {"LanceTable.delete", "LanceTable.optimize", "Tags.create"} <= {*happened}
 
 
+@pytest.fixture(scope="module")
+def refreshed(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table that serves a after the refreshes w and x; b was served in between."""
+    folder = shutil.copytree(start, tmp_path_factory.mktemp("refreshed") / "start")
+    table = PublishedIndex(folder / "published", keep=4)
+    apply(table, delta("w", 10))
+    apply(table, delta("x", 5))
+    table.restore("old")
+    table.restore("a")
+    return folder
+
+
+def test_undo_of_a_refresh(refreshed: Path, tmp_path: Path) -> None:
+    """Finished by a repeated undo, which may die as well, or by the next refresh; and no more than
+    that one refresh is taken back."""
+    with_x, without_x = "a" * 19 + "w" * 5 + "x" * 5, "a" * 19 + "w" * 10
+
+    def undo(folder: Path) -> None:
+        PublishedIndex(folder / "published", keep=4).undo_refresh()
+
+    for folder, happened, ended in every_crash(refreshed, tmp_path, undo):
+        table = PublishedIndex(folder / "published", keep=4)
+        begun, moved = happened.count("Path.replace") == 2, "Tags.update" in happened
+        assert brands(table.open()) == (without_x if moved else with_x), happened
+        other = PublishedIndex(shutil.copytree(table.folder, folder / "copy"), keep=4)
+        if not ended:
+            crash_at(2, lambda folder=folder: undo(folder))
+            undo(folder)
+        made = table.current()
+        assert made is not None and made.deltas == ("w",), happened
+        assert brands(table.open()) == without_x, happened
+        table.restore("old")
+        assert table.restore("a") == made, "what was undone is not restored"
+        assert [p.deltas for p in table.history()] == [("w",), (), ()]
+        assert len([*(table.folder / "versions").iterdir()]) == 3 * 2, "a record, its probes"
+        apply(other, delta("y", 1))
+        wanted = ("w", "y") if begun else ("w", "x", "y")
+        assert other.current().deltas == wanted, happened  # type: ignore[union-attr]
+        rest = without_x[:-1] if begun else with_x[:-1]
+        assert brands(other.open()) == rest + "y", happened
+    assert happened[2:] == ["Tags.update", "Tags.delete"] + ["Path.unlink"] * 3
+
+
+MOVES: dict[str, tuple[Callable[[PublishedIndex], object], str]] = {
+    "rollback": (PublishedIndex.rollback, "b"),
+    "restore": (lambda table: table.restore("old"), "b"),
+    "withdraw": (PublishedIndex.withdraw, ""),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_move_of_what_is_served(start: Path, tmp_path: Path, name: str) -> None:
+    """The last step is the move; before it the versions are only kept."""
+    move, mark = MOVES[name]
+
+    def moved_in(folder: Path) -> None:
+        move(PublishedIndex(folder / "published", keep=2))
+
+    for folder, happened, ended in every_crash(start, tmp_path, moved_in):
+        table = PublishedIndex(folder / "published", keep=2)
+        assert ended or brands(table.open()) == "a" * ROWS, happened
+        if not ended:
+            moved_in(folder)
+        assert (brands(table.open()) if table.current() else "") == mark * ROWS
+        assert {p.origin.fingerprint for p in table.history()} == {"a", "old"}
+        assert table.restore("a") is not None and brands(table.open()) == "a" * ROWS
+    last = "Tags.delete" if name == "withdraw" else "Tags.update"
+    assert happened == ["Path.replace", "Tags.create", last]
+
+
 def test_build_over_an_older_index(start: Path, tmp_path: Path) -> None:
     """Whole or refused: a half-written table never comes with the facts of the one before."""
 
