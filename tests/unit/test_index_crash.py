@@ -62,8 +62,8 @@ def delta(mark: str, count: int) -> Delta:
     return Delta(tuple(products(mark, count)), ("p029",), mark, QUARANTINE.empty_table())
 
 
-def apply(table: PublishedIndex, change: Delta) -> None:
-    refresh.refresh(table, change, lambda _: encode, RefreshConfig(batch_size=8), ListSink())
+def apply(table: PublishedIndex, change: Delta, size: int = 8) -> None:
+    refresh.refresh(table, change, lambda _: encode, RefreshConfig(batch_size=size), ListSink())
 
 
 def brands(index: LanceIndex) -> str:
@@ -159,6 +159,38 @@ def test_refresh(start: Path, tmp_path: Path) -> None:
         assert brands(other.open()) == ("a" * 9 + "b" * 17 if moved else "a" * 26) + "c" * 3
     assert happened.count("LanceMergeInsertBuilder.execute") == 3
     assert {"LanceTable.delete", "LanceTable.optimize", "Tags.create"} <= {*happened}
+
+
+def test_refresh_whose_rows_join_the_partitions(start: Path, tmp_path: Path) -> None:
+    """Few enough rows that the vector index is not trained anew, neither at once nor afterwards."""
+    new = Product("p030", "d thing30", brand="d")
+    few = Delta((*products("d", 3), new), ("p029",), "d", QUARANTINE.empty_table())
+
+    def refresh_few(folder: Path) -> None:
+        apply(PublishedIndex(folder / "published", keep=2), few, size=2)
+
+    for folder, happened, _ in every_crash(start, tmp_path, refresh_few):
+        table = PublishedIndex(folder / "published", keep=2)
+        moved = "Tags.update" in happened
+        assert brands(table.open()) == ("a" * 26 + "d" * 3 if moved else "a" * ROWS), happened
+        other = PublishedIndex(shutil.copytree(table.folder, folder / "copy"), keep=2)
+        again, ended = crash_at(100, lambda folder=folder: refresh_few(folder))
+        assert ended and "LanceTable.create_index" not in [*happened, *again]
+        made = table.current()
+        assert made is not None and made.deltas == ("d",)
+        facts = made.facts
+        assert (facts.rows, facts.trained_rows, facts.rows_since) == (ROWS - 1 + 1, ROWS, 4)
+        assert (facts.unindexed_rows, facts.recall_at_10) == (0, 1.0)
+        ids = ["p028", "p029", "p030"]
+        found = {p.product_id: p.brand for p in table.open().products(ids).values()}
+        assert found == {"p028": "a", "p030": "d"}
+        assert table.open().search(encode(["d thing30"]), 1)[0] == [["p030"]], (
+            "found through its partition"
+        )
+        apply(other, Delta(tuple(products("e", 2)), (), "e", QUARANTINE.empty_table()))
+        rest = "a" * 26 + "d" if moved else "a" * 28
+        assert brands(other.open()) == rest + "ee", "nothing of the one that died"
+    assert happened.count("LanceMergeInsertBuilder.execute") == 2
 
 
 @pytest.fixture(scope="module")
