@@ -5,11 +5,14 @@ Shapes: N products, Q queries, D dim, k results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from models.errors import ConfigError, explain
+
+PRODUCTS_AT_ONCE = 8192
+"""Products whose scores are in memory at once."""
 
 
 def top_k(scores_QN: np.ndarray, k: int) -> np.ndarray:
@@ -30,7 +33,7 @@ def top_k(scores_QN: np.ndarray, k: int) -> np.ndarray:
 
 
 class ExactIndex:
-    """Brute force over all vectors, in blocks of queries.
+    """Brute force over all vectors, in blocks of queries and of products.
 
     Args:
         ids: product ids [N]; vectors_ND: their vectors, normalised here.
@@ -45,18 +48,24 @@ class ExactIndex:
                 explain(f"{len(ids)} ids", f"{len(vectors_ND)}, one a vector", "pass them together")
             )
         self.ids = list(ids)
-        self.vectors_ND = _unit(vectors_ND).astype(np.float32)
+        self.vectors_ND = _unit(vectors_ND).astype(np.float32, copy=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def rows(self, vectors_QD: np.ndarray, k: int, block: int = 256) -> np.ndarray:
-        """Row numbers [Q, min(k, N)] of the nearest products, best first."""
+        """Row numbers [Q, min(k, N)] of the nearest products, best first; ties: the lower row."""
         found = [
-            top_k(vectors_QD[start : start + block] @ self.vectors_ND.T, k)
+            _running_top(self._blocks(), vectors_QD[start : start + block], k)[0]
             for start in range(0, len(vectors_QD), block)
         ]
         return np.concatenate(found) if found else np.zeros((0, min(k, len(self))), dtype=np.int64)
+
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(row numbers [B], vectors [B, D]), in order."""
+        for start in range(0, len(self), PRODUCTS_AT_ONCE):
+            vectors_BD = self.vectors_ND[start : start + PRODUCTS_AT_ONCE]
+            yield np.arange(start, start + len(vectors_BD)), vectors_BD
 
     def search(
         self, vectors_QD: np.ndarray, k: int, where: str | None = None
@@ -84,21 +93,32 @@ def exact_top(
 ) -> tuple[list[list[str]], np.ndarray]:
     """The k nearest of a stream of (ids [B], vectors [B, D]): ids [Q][k], cosines [Q, k].
 
-    Holds one batch and the best so far. Vectors are normalised here.
+    Holds one batch and the best so far; ties: the earlier one. Vectors are normalised here.
     """
-    queries_QD = _unit(np.asarray(queries_QD, np.float32))
+    unit = (
+        (np.array(ids, object), _unit(np.asarray(vectors_BD, np.float32)))
+        for ids, vectors_BD in batches
+    )
+    ids_QK, best_QK = _running_top(unit, _unit(np.asarray(queries_QD, np.float32)), k)
+    return [list(row) for row in ids_QK], best_QK
+
+
+def _running_top(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], queries_QD: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [Q, K] and scores [Q, K] of the k nearest in a stream of (labels [B],
+    vectors [B, D]), best first; ties: the earlier one."""
+    labels_QK = np.zeros((len(queries_QD), 0), np.int64)
     best_QK = np.zeros((len(queries_QD), 0), np.float32)
-    ids_QK = np.zeros((len(queries_QD), 0), object)
-    for ids, vectors_BD in batches:
-        scores_QB = queries_QD @ _unit(np.asarray(vectors_BD, np.float32)).T
+    for labels_B, vectors_BD in batches:
+        scores_QB = queries_QD @ vectors_BD.T
         columns_QK = top_k(scores_QB, k)
-        new_QK = np.array(ids, object)[columns_QK]
         best_QK = np.hstack([best_QK, np.take_along_axis(scores_QB, columns_QK, 1)])
-        ids_QK = np.hstack([ids_QK, new_QK])
+        labels_QK = np.hstack([labels_QK, labels_B[columns_QK]])
         order_QK = top_k(best_QK, k)
         best_QK = np.take_along_axis(best_QK, order_QK, 1)
-        ids_QK = np.take_along_axis(ids_QK, order_QK, 1)
-    return [list(row) for row in ids_QK], best_QK
+        labels_QK = np.take_along_axis(labels_QK, order_QK, 1)
+    return labels_QK, best_QK
 
 
 def _unit(vectors_ND: np.ndarray) -> np.ndarray:

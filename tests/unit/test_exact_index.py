@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.errors import ConfigError
+from models.index import exact as module
 from models.index.exact import ExactIndex, exact_top, recall_with_ties, top_k
 
 
@@ -27,6 +32,42 @@ def test_blocks_of_queries_change_nothing() -> None:
     index = ExactIndex([str(i) for i in range(50)], rng.normal(size=(50, 4)))
     queries = rng.normal(size=(9, 4)).astype(np.float32)
     assert (index.rows(queries, 5, block=2) == index.rows(queries, 5)).all()
+
+
+@given(
+    num_products=st.integers(0, 40),
+    num_queries=st.integers(0, 5),
+    k=st.integers(0, 45),
+    products_at_once=st.integers(1, 45),
+    block=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+)
+def test_rows_are_the_stable_sort_whatever_the_blocks(
+    num_products: int, num_queries: int, k: int, products_at_once: int, block: int, seed: int
+) -> None:
+    """Four signs a vector: cosines are exact and most are tied."""
+    rng = np.random.default_rng(seed)
+    vectors_ND, queries_QD = (rng.choice([-1.0, 1.0], (n, 4)) for n in (num_products, num_queries))
+    index = ExactIndex([str(i) for i in range(num_products)], vectors_ND)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PRODUCTS_AT_ONCE", products_at_once)
+        found_QK = index.rows(queries_QD, k, block)
+    wanted_QK = np.argsort(-(queries_QD @ vectors_ND.T), axis=1, kind="stable")[:, :k]
+    assert found_QK.dtype == np.int64 and found_QK.tolist() == wanted_QK.tolist()
+
+
+def test_the_scores_of_a_large_catalogue_are_never_all_in_memory() -> None:
+    num_products, num_queries = 65_536, 64
+    rng = np.random.default_rng(3)
+    vectors_ND, queries_QD = (rng.normal(size=(n, 2)) for n in (num_products, num_queries))
+    index = ExactIndex([""] * num_products, vectors_ND)
+    tracemalloc.start()
+    try:
+        index.rows(queries_QD, 10)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < num_queries * num_products * queries_QD.itemsize
 
 
 def test_ties_go_to_the_earlier_product() -> None:
