@@ -88,8 +88,14 @@ class LanceIndex:
 
         Further partitions are searched until k rows are found, so a filter that few rows satisfy
         still gets all of them.
+
+        Raises:
+            ConfigError: k below 1, or a query vector without a direction: zero, NaN or infinite.
         """
-        vectors_QD = cut(np.asarray(vectors_QD, np.float32), self.dim)
+        _check_k(k)
+        vectors_QD = np.asarray(vectors_QD, np.float32)
+        _check_lengths(vectors_QD[:, : self.dim])
+        vectors_QD = cut(vectors_QD, self.dim)
         ids: list[list[str]] = []
         scores: list[list[float]] = []
         for start in range(0, len(vectors_QD), QUERIES_AT_ONCE):
@@ -124,8 +130,9 @@ class LanceIndex:
         """(product id, BM25 score), best first; nothing for a query without words.
 
         Raises:
-            ConfigError: an index without full text.
+            ConfigError: k below 1, or an index without full text.
         """
+        _check_k(k)
         if not self._has_full_text:
             do = "search by vector, or build it with full_text=true"
             raise ConfigError(explain("an index without full text", "one with it", do))
@@ -145,7 +152,12 @@ class LanceIndex:
     def search_hybrid(
         self, query: str, vector_D: np.ndarray, k: int, where: str | None = None
     ) -> list[tuple[str, float]]:
-        """(product id, reciprocal-rank score) of both channels together, best first."""
+        """(product id, reciprocal-rank score) of both channels together, best first.
+
+        Raises:
+            ConfigError: as `search` and `search_text`.
+        """
+        _check_k(k)
         depth = max(k, FUSED_DEPTH)
         by_vector, _ = self.search(np.asarray(vector_D, np.float32)[None], depth, where)
         by_words = [product_id for product_id, _ in self.search_text(query, depth, where)]
@@ -204,6 +216,22 @@ def vector_index_stats(table: Table) -> Any:
     """LanceDB's statistics of the vector index, None when there is none."""
     names = [i.name for i in table.list_indices() if "vector" in i.columns]
     return table.index_stats(names[0]) if names else None
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ConfigError(explain(f"k = {k}", "at least 1", "ask for one result or more"))
+
+
+def _check_lengths(vectors_QD: np.ndarray) -> None:
+    """Refuse vectors that LanceDB finds nothing for, or anything."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        length_Q = np.linalg.norm(vectors_QD, axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(length_Q) & (length_Q > 0)))
+    if len(wrong):
+        got = f"query vector {wrong[0]} (from 0) of length {length_Q[wrong[0]]:g}"
+        do = "look at what embedded it: an encoder of a training that diverged gives such vectors"
+        raise ConfigError(explain(got, "a finite length above 0", do))
 
 
 def _words(query: str) -> str:

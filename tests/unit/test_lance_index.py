@@ -147,6 +147,41 @@ def test_words_are_not_asked_of_an_index_without_full_text(tmp_path: Path, mode:
         search(index, "number7", encode(["number7"])[0], 1, mode)
 
 
+@pytest.mark.parametrize("k", [0, -1])
+def test_no_results_cannot_be_asked_for(tmp_path: Path, k: int) -> None:
+    build_index(encode, catalogue(40), IndexConfig(sample=5), tmp_path, ListSink())
+    index, query_1D = LanceIndex.open(tmp_path), encode(["number7"])
+    refused = pytest.raises(ConfigError, match=f"got k = {k}; expected at least 1; do this: ask")
+    with refused:
+        index.search(query_1D, k)
+    for words in ("widget", ""):
+        with refused:
+            index.search_text(words, k)
+        with refused:
+            index.search_hybrid(words, query_1D[0], k)
+
+
+@pytest.mark.parametrize(
+    ("number", "length"),
+    [(0.0, "0"), (np.nan, "nan"), (np.inf, "inf"), (1e30, "inf"), (1e-30, "0")],
+)
+@pytest.mark.parametrize("dim", [None, 8])
+def test_a_query_vector_without_a_direction_is_refused(
+    tmp_path: Path, number: float, length: str, dim: int | None
+) -> None:
+    """LanceDB gives an empty list for zeros and NaN, and any products for what overflows."""
+    build_index(encode, catalogue(40), IndexConfig(sample=5, dim=dim), tmp_path, ListSink())
+    queries_QD = encode(["number7", "number8", "number9"])
+    index = LanceIndex.open(tmp_path)
+    assert index.search(queries_QD, 1)[0] == [["p00007"], ["p00008"], ["p00009"]]
+    queries_QD[1] = number
+    expected = rf"got query vector 1 .*length {length}; expected a finite length above 0; do this:"
+    with pytest.raises(ConfigError, match=expected):
+        index.search(queries_QD, 1)
+    with pytest.raises(ConfigError, match=expected.replace("vector 1", "vector 0")):
+        index.search_hybrid("widget", queries_QD[1], 1)
+
+
 def test_filters_come_first_and_return_enough_rows(tmp_path: Path) -> None:
     """With many partitions, of which LanceDB by itself searches at most twenty."""
     from lancedb.index import IvfFlat
