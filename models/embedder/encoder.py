@@ -32,11 +32,14 @@ Side = Literal["query", "document"]
 def load_encoder(path: str, device: str = "cpu") -> SentenceTransformer:
     """A sentence-transformers model from a local folder or a hub id.
 
-    Only safetensors are read (no pickles) and no code that comes with a model is run.
+    Only safetensors are read (no pickles) and no code that comes with a model is run. Weights are
+    float32 whatever they are kept in: in bf16 most of AdamW's steps would round to nothing, and
+    autocast is there for speed.
 
     Raises:
         WeightsError: nothing there, or no safetensors in it.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -44,7 +47,7 @@ def load_encoder(path: str, device: str = "cpu") -> SentenceTransformer:
             path,
             device=device,
             trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         )
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
@@ -66,10 +69,12 @@ def prepare_encoder(path: str, config: EncoderConfig, out: Path) -> None:
 
     For models that come without them: a BERT (mean), or a decoder LLM (last token, with an
     instruction before the query). A model that is a sentence-transformers one already needs none.
+    One without a padding token gets its end token as one.
 
     Raises:
-        WeightsError: nothing there, or no safetensors in it.
+        WeightsError: nothing there, no safetensors in it, or a tokenizer with neither token.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
@@ -77,7 +82,7 @@ def prepare_encoder(path: str, config: EncoderConfig, out: Path) -> None:
         # text alone: by default the library would wrap it in a chat model's template
         body = modules.Transformer(
             path,
-            model_kwargs={"use_safetensors": True},
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
             modality_config={
                 "text": {"method": "forward", "method_output_name": "last_hidden_state"}
             },
@@ -85,6 +90,10 @@ def prepare_encoder(path: str, config: EncoderConfig, out: Path) -> None:
         )
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
+    if body.tokenizer.pad_token is None:
+        if body.tokenizer.eos_token is None:
+            raise _unusable(path, ValueError("its tokenizer has no padding and no end token"))
+        body.tokenizer.pad_token = body.tokenizer.eos_token
     pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=config.pooling)
     encoder = SentenceTransformer(
         modules=[body, pooling, modules.Normalize()],

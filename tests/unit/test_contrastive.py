@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from models.embedder.config import ContrastiveConfig, EncoderConfig
 from models.embedder.contrastive import (
@@ -319,6 +321,41 @@ def test_matryoshka_is_the_mean_over_widths(
 def test_a_width_beyond_the_encoder_is_refused(encoder_dir: Path) -> None:
     with pytest.raises(ConfigError, match="matryoshka_dims"):
         contrastive_loss(load_encoder(str(encoder_dir)), ContrastiveConfig(matryoshka_dims=(64,)))
+
+
+def test_weights_kept_in_bf16_are_trained_in_float32(encoder_dir: Path, tmp_path: Path) -> None:
+    """A step of AdamW is smaller than what bf16 can tell from nothing."""
+    load_encoder(str(encoder_dir)).to(torch.bfloat16).save_pretrained(str(tmp_path))
+    kept = {v.dtype for v in load_file(next(tmp_path.rglob("model.safetensors"))).values()}
+    assert kept == {torch.bfloat16}
+    loaded = load_encoder(str(tmp_path))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    body = tmp_path / "body"
+    loaded[0].auto_model.to(torch.bfloat16).save_pretrained(body)
+    loaded.tokenizer.save_pretrained(body)
+    prepare_encoder(str(body), EncoderConfig(), tmp_path / "prepared")
+    made = load_file(next((tmp_path / "prepared").rglob("model.safetensors")))
+    assert {v.dtype for v in made.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", None])
+def test_a_decoder_without_a_padding_token_pads_with_its_end_token(
+    tmp_path: Path, end: str | None
+) -> None:
+    build_tiny_lm(tmp_path / "lm", ["red sofa", "a lamp"], seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
+    tokenizer.pad_token, tokenizer.eos_token = None, end
+    tokenizer.save_pretrained(tmp_path / "lm")
+    made = EncoderConfig(pooling="lasttoken")
+    if end is None:
+        with pytest.raises(WeightsError, match="no padding and no end token"):
+            prepare_encoder(str(tmp_path / "lm"), made, tmp_path / "encoder")
+        return
+    prepare_encoder(str(tmp_path / "lm"), made, tmp_path / "encoder")
+    encoder = load_encoder(str(tmp_path / "encoder"))
+    texts = ["red sofa", "a red lamp a lamp a lamp"]
+    alone = np.concatenate([encode(encoder, [text]) for text in texts])
+    assert np.allclose(encode(encoder, texts), alone, atol=1e-5)
 
 
 def test_a_decoder_with_last_token_pooling_and_instruction_learns(
