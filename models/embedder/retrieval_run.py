@@ -446,7 +446,7 @@ class Run:
         better = self.best is None or watch.val_reward > self.best.val_reward
         if better and acceptable(watch, start, self.config):
             self.best = watch
-            self._save(self.scratch / "best")
+            self._save(self._best_folder(watch))
 
     def _watch(self, vectors_QD: np.ndarray) -> Watch:
         config = self.config
@@ -495,7 +495,8 @@ class Run:
         fresh.rename(folder)
 
     def _checkpoint(self) -> None:
-        """Encoder, optimiser, watches, pool and counts; the last one written is the truth."""
+        """Encoder, optimiser, watches, pool and counts; the last one written is the truth, and the
+        best encoder that it names is beside it."""
         folder = self.scratch / f"step-{self.step}"
         self._save(folder)
         torch.save(self.optimiser.state_dict(), folder / "optimiser.pt")
@@ -512,9 +513,14 @@ class Run:
         pointer = self.scratch / "state.json.new"
         pointer.write_text(json.dumps(state))
         pointer.replace(self.scratch / "state.json")
-        for other in self.scratch.glob("step-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        kept = {folder, None if self.best is None else self._best_folder(self.best)}
+        for pattern in ("step-*", "best-*"):
+            for other in self.scratch.glob(pattern):
+                if other not in kept:
+                    shutil.rmtree(other, ignore_errors=True)
+
+    def _best_folder(self, watch: Watch) -> Path:
+        return self.scratch / f"best-{watch.step}"
 
     def _resume(self) -> bool:
         """Take up the newest checkpoint; False when there is none."""
@@ -541,10 +547,9 @@ class Run:
 
     def write_best(self, out: Path) -> None:
         """Copy the best encoder to `out`; before the first look there is none, so the start's."""
-        source = self.scratch / "best"
         shutil.rmtree(out, ignore_errors=True)
-        if source.is_dir():
-            shutil.copytree(source, out)
+        if self.best is not None:
+            shutil.copytree(self._best_folder(self.best), out)
         else:
             start = load_encoder(self.encoder_dir, self.device)
             start.save_pretrained(str(out), safe_serialization=True, create_model_card=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -826,6 +827,44 @@ def test_resumed_equals_straight(
         encode(load_encoder(str(tmp_path / f"{n}-scratch" / "step-12")), ["sofa new"]) for n in RUNS
     )
     assert np.allclose(straight, resumed, atol=1e-6)
+
+
+def test_a_kill_while_saving_leaves_the_encoders_that_the_checkpoint_names(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    """Cut off before each folder that is removed and each that is moved into place."""
+    config = FAST.model_copy(update={"steps": 4, "refresh_every": 1, "max_recall_loss": 1.0})
+    removed, renamed, left = shutil.rmtree, Path.rename, 0
+
+    def count(*_: Any, **__: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    def checked(scratch: Path) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((scratch / "state.json").read_text())
+        for name in (f"step-{state['step']}", f"best-{state['best']['step']}"):
+            assert (scratch / name / "model.safetensors").is_file(), (cut, name)
+        return state
+
+    for cut in range(1, 40):
+        left, scratch = cut, tmp_path / str(cut)
+        run = Run(str(encoder_dir), store, [quality], config, scratch, ListSink(), "cpu")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                retrieval_run.shutil, "rmtree", lambda *a, **k: (count(), removed(*a, **k))
+            )
+            patch.setattr(Path, "rename", lambda *a: (count(), renamed(*a))[1])
+            try:
+                run.train()
+                break
+            except KeyboardInterrupt:
+                if (scratch / "state.json").is_file():
+                    checked(scratch)
+    assert cut > 20 and checked(scratch)["best"]["step"] > 0
+    kept = sorted(p.name for p in scratch.iterdir() if p.is_dir())
+    assert kept == [f"best-{checked(scratch)['best']['step']}", "step-4"]
 
 
 class KindJudge:
