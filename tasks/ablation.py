@@ -138,7 +138,7 @@ def judge_samples(
     }
 
 
-@stage(name="judge_ablation", kind="evaluation", code_version="5")
+@stage(name="judge_ablation", kind="evaluation", code_version="6")
 def judge_ablation(
     ctx: StageContext,
     config: TableConfig,

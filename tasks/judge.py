@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from tasks.stage import StageContext, stage
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 
 class CalibrationConfig(BaseModel):
@@ -258,20 +261,37 @@ def judge_grpo(
     return facts | counts
 
 
-@stage(name="judge", kind="judge", code_version="3")
+@stage(name="judge", kind="judge", code_version="4")
 def judge_calibrated(
     ctx: StageContext, config: CalibrationConfig, judge: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
-    """The finished judge: weights, prompt, and the CumPT threshold of validation [TaoSR1 s3.4]."""
+    """The finished judge: weights, prompt, and the CumPT threshold of validation [TaoSR1 s3.4]; the
+    median of P(grade) where validation lacks a grade of training (ours).
+    """
     import numpy as np
 
-    from models.evaluation.tiers import calibrate
+    from models.evaluation.judge import grade_metrics
+    from models.evaluation.tiers import ENOUGH, MEDIAN, calibrate, scarce
     from models.judge.spec import JudgeSpec
 
     folder = ctx.open(judge)
-    pairs = sample_pairs(open_store(ctx, store).pairs("validation"), config.max_pairs, 0)
+    tables = open_store(ctx, store)
+    pairs = sample_pairs(tables.pairs("validation"), config.max_pairs, 0)
     scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in pairs], "calibration")
-    cumpt, f1 = calibrate(scores, np.array([p.grade for p in pairs]))
+    grades_N = np.array([p.grade for p in pairs])
+    few = scarce(grades_N, np.array([p.grade for p in tables.pairs("train")]))
+    if few:
+        log.warning(
+            "judge: fewer than %d of %d validation pairs have grade %s, so CumPT is not calibrated "
+            "and reads the median of P(grade); label more validation queries, or raise "
+            "judge.calibration.max_pairs",
+            ENOUGH,
+            len(pairs),
+            " or ".join(map(str, few)),
+        )
+        cumpt, f1 = MEDIAN, grade_metrics(grades_N, MEDIAN.grades(scores))["macro_f1"]
+    else:
+        cumpt, f1 = calibrate(scores, grades_N)
     shutil.copytree(folder, ctx.out, dirs_exist_ok=True)
     JudgeSpec.read(folder).calibrated(cumpt).write(ctx.out)
     return {

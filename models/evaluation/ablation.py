@@ -25,6 +25,7 @@ from models.evaluation.query_bootstrap import (
     ratio_under,
     spearman_under,
 )
+from models.evaluation.tiers import MEDIAN
 from models.teacher.response import Order, parse_response
 from models.types import GRADES
 
@@ -67,8 +68,9 @@ def ablation_rows(
     """One record a row and metric: judge, metric, mean, low, high, spread, seeds, n.
 
     spread: None for one seed. n: pairs, or responses or prompts where the metric is about those.
-    Metric `macro_f1_gain` is the difference to the row before. A metric a row does not have (no
-    probabilities, no steps) has no record.
+    Metric `macro_f1_gain` is the difference to the row before; `median_...` reads the median of
+    P(grade), which is CumPT uncalibrated, all others the most likely grade. A metric a row does not
+    have (no probabilities, no steps) has no record.
 
     Raises:
         DataContractError: rows about different pairs.
@@ -137,6 +139,8 @@ def _metrics(
         expected_N = p_NL @ np.array(GRADES)
         rating_N = np.array([a["rating"] for a in answers])
         out["spearman"] = spearman_under(expected_N, rating_N, query_N, weights_BQ)
+        median = grade_metrics_under(gold_N, MEDIAN.grades(p_NL), query_N, weights_BQ)
+        out |= {f"median_{name}": median[name] for name in ("macro_f1", "kappa")}
     counts = dict.fromkeys(out, len(answers))
     for more, n in (
         _reasoning(answers, order, query_of, weights_BQ),

@@ -18,6 +18,8 @@ COLUMNS = {
     "f1_4": "F1-4",
     "accuracy": "acc",
     "kappa": "kappa",
+    "median_macro_f1": "F1 median",
+    "median_kappa": "kappa median",
     "spearman": "rho",
     "rule_adherence": "adherence",
     "contradiction_rate": "contra",

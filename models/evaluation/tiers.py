@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.evaluation.judge import class_f1
+from models.types import GRADES
 
 
 class Tier(enum.StrEnum):
@@ -51,6 +52,23 @@ class CumPT:
         [4]
         """
         return cumpt_grades(sharpened(probabilities_NL, self.sharpness), self.beta)
+
+
+MEDIAN = CumPT(0.5)
+"""The middle of P(grade), from which a label is least far away in expectation. It needs no
+calibration; the most likely grade leaves out the ones between two likely ends."""
+ENOUGH = 5
+"""Validation pairs of a grade. With fewer of one, validation says nothing of where it begins, and
+`MEDIAN` is the better reading."""
+
+
+def scarce(grades_N: np.ndarray, known_M: np.ndarray) -> list[int]:
+    """Grades that have `ENOUGH` of the known labels and fewer than that among `grades_N`.
+
+    >>> scarce(np.array([1] * 9 + [4] * 9), np.array([1] * 5 + [2] * 5 + [3] * 4 + [4] * 5))
+    [2]
+    """
+    return [g for g in GRADES if (grades_N == g).sum() < ENOUGH and (known_M == g).sum() >= ENOUGH]
 
 
 def sharpened(probabilities_NL: np.ndarray, sharpness: float) -> np.ndarray:

@@ -135,6 +135,22 @@ def test_means_spread_and_gain_over_seeds() -> None:
     assert not any(r["judge"] == "worse" and r["metric"].endswith("gain") for r in records)
 
 
+def test_the_median_of_the_probabilities_is_read_beside_the_most_likely_grade() -> None:
+    given = answers(GRADES, WRONG)
+    for row in given:
+        if row["grade"] == 2:
+            row["p"] = [0.4, 0.15, 0.1, 0.35]  # 1 is likeliest, 2 the middle
+    records = ablation_rows([Row("a", "label_only", [Answered(given)])], num_samples=20)
+    read = {name: value(records, "a", name)["mean"] for name in ("macro_f1", "median_macro_f1")}
+    gold_N = np.array(GRADES)
+    assert read["median_macro_f1"] == grade_metrics(gold_N, np.array(WRONG))["macro_f1"]
+    assert read["macro_f1"] < read["median_macro_f1"]
+    kappa = grade_metrics(gold_N, np.array(WRONG))["kappa"]
+    assert value(records, "a", "median_kappa")["mean"] == pytest.approx(kappa)
+    headings, _ = wide(records)
+    assert {"F1 median", "kappa median"} <= set(headings)
+
+
 def test_a_gain_is_that_of_seed_with_seed() -> None:
     """Seeds that move both rows alike move no gain."""
     good, bad = Answered(answers(GRADES, GRADES)), Answered(answers(GRADES, WRONG))

@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.evaluation.tiers import (
+    MEDIAN,
     TIER_OF_GRADE,
     Tier,
     calibrate,
     cumpt_grades,
+    scarce,
     sharpened,
 )
+from models.types import GRADES
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,26 @@ def test_sharpening_keeps_order_and_sums_to_one(seed: int, sharpness: float) -> 
     out = sharpened(p, sharpness)
     assert np.allclose(out.sum(1), 1) and (out.argmax(1) == p.argmax(1)).all()
     assert (out.max(1) >= p.max(1) - 1e-12).all()
+
+
+@given(st.integers(0, 10_000))
+def test_the_median_is_least_far_away_in_expectation(seed: int) -> None:
+    p_NL = np.random.default_rng(seed).dirichlet(np.full(4, 0.5), size=8)
+    grades = np.array(GRADES)
+    distance_NL = p_NL @ np.abs(grades[:, None] - grades[None])
+    read_N = MEDIAN.grades(p_NL)
+    assert np.allclose(distance_NL[np.arange(8), read_N - 1], distance_NL.min(1))
+
+
+def test_the_median_sees_the_middle_between_two_likely_ends() -> None:
+    p_NL = np.array([[0.4, 0.11, 0.1, 0.39], [0.4, 0.05, 0.15, 0.4], [0.6, 0.0, 0.0, 0.4]])
+    assert MEDIAN.grades(p_NL).tolist() == [2, 3, 1]
+
+
+def test_a_grade_is_scarce_where_training_has_it_and_validation_does_not() -> None:
+    train = np.repeat([1, 2, 3, 4], [50, 5, 4, 50])
+    assert scarce(np.repeat([1, 2, 4], [60, 4, 60]), train) == [2]
+    assert scarce(np.repeat([1, 2, 4], [60, 5, 60]), train) == [], "3 is as good as unknown"
 
 
 def test_calibration_without_pairs_is_refused() -> None:
