@@ -30,6 +30,7 @@ from models.embedder.config import (
 )
 from models.errors import ConfigError, explain
 from models.evaluation.retriever_report import COSTS, cell, columns, cost, difference
+from models.sources import SyntheticSource
 from tasks.artifacts import ArtifactRef
 from tasks.embedder import (
     RewardsConfig,
@@ -178,6 +179,11 @@ def ablate_retriever(
             notes.append("Goodrate is read by the finished judge, the reward of most R-GRPO rows")
         notes.append("seconds are those of the machine that made a stage, maybe on another day")
         notes.append("a pair that one row has asked the judge about costs later rows nothing")
+        if any(name.startswith("rgrpo") for name in names):
+            notes.append(
+                "R-GRPO's encoder is the best of its looks at the validation split, all others are "
+                "the last step's"
+            )
         if "rgrpo_no_sft" in names:
             notes.append("R-GRPO without SFT has no InfoNCE anchor either")
         table = retriever_ablation(
@@ -195,6 +201,8 @@ class _Lab:
         asked = {p.judge for p in plans} | (
             {"full"} if self.config.evaluation.judged_queries else set()
         )
+        source = config.data.source
+        self.truth = source if isinstance(source, SyntheticSource) else None
         self.base = base_encoder(self.config, store)
         stages = JudgeStages(config.judge, store)
         self.judges: dict[str | None, ArtifactRef] = {}
@@ -255,6 +263,7 @@ class _Lab:
             index=index,
             lexical=None if channel == "bm25" else self.lexical,
             judge=self.judges.get("full"),
+            truth=self.truth,
         )
 
 

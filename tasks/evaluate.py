@@ -70,7 +70,7 @@ def evaluate_judge(
     return _publish(ctx, JUDGE_TABLE, "judge", rows)
 
 
-@stage(name="evaluate_retrieval", kind="evaluation", code_version="5")
+@stage(name="evaluate_retrieval", kind="evaluation", code_version="6")
 def evaluate_retrieval(
     ctx: StageContext,
     config: RetrievalEvalConfig,

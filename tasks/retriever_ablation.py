@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from models.sources import SyntheticSource
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
 from tasks.embedder import judge_relevance
@@ -21,7 +22,7 @@ MINING = ("index", "embedder_negatives")
 Channel = Literal["random", "bm25", "encoder"]
 
 
-@stage(name="retriever_row", kind="evaluation", code_version="3")
+@stage(name="retriever_row", kind="evaluation", code_version="4")
 def retriever_row(
     ctx: StageContext,
     config: RetrievalEvalConfig,
@@ -32,11 +33,13 @@ def retriever_row(
     index: ArtifactRef | None = None,
     lexical: ArtifactRef | None = None,
     judge: ArtifactRef | None = None,
+    truth: SyntheticSource | None = None,
 ) -> Mapping[str, float]:
     """One run over the held-out queries, and every metric of each query.
 
     seed: of the random channel alone. lexical: the BM25 row, for the overlap with it. judge: for
-    Goodrate, on the same queries whatever the row; None leaves it out.
+    Goodrate, on the same queries whatever the row; None leaves it out. truth: a generated store,
+    which knows the grade of every pair, for true_goodrate on all queries.
     """
     from models.embedder.encoder import encode, load_encoder
     from models.evaluation.lexical import Bm25, random_run
@@ -72,6 +75,7 @@ def retriever_row(
         config.ks,
         GOOD_K,
         run if channel == "bm25" else words,
+        None if truth is None else _true(truth),
     )
     body = {
         "parts": parts,
@@ -115,7 +119,21 @@ def _good(
     return good
 
 
-@stage(name="retriever_ablation", kind="report", code_version="2")
+def _true(source: SyntheticSource) -> Any:
+    """The generated store's own word on any product."""
+    from models.sources.synthetic import Oracle
+    from models.types import RELEVANT_GRADE
+
+    oracle = Oracle(source)
+
+    def good(query: Any, found: Any) -> list[bool]:
+        grades = [oracle.grade(query.query_id, p.product_id)[0] for p in found]
+        return [grade >= RELEVANT_GRADE for grade in grades]
+
+    return good
+
+
+@stage(name="retriever_ablation", kind="report", code_version="3")
 def retriever_ablation(
     ctx: StageContext,
     rows: dict[str, list[ArtifactRef]],

@@ -152,14 +152,17 @@ def judged(ranking: Sequence[str], grades: Grades, k: int) -> float:
 
 
 def goodrate(good: Sequence[bool | float], k: int) -> float:
-    """Share of the top k that the judge grades 4 or 3; NaN for an empty run [TaoSearchEmb s4.1].
+    """Share of k places whose product the judge grades 4 or 3; NaN for an empty run
+    [TaoSearchEmb s4.1].
+
+    A place without a product is not good, so that a short list is no better for being short.
 
     good: the judge's word on the ranked products, best first.
 
-    >>> goodrate([True, False, True, True], 2)
-    0.5
+    >>> goodrate([True, False, True, True], 2), goodrate([True], 2)
+    (0.5, 0.5)
     """
-    return float(np.mean([float(g) for g in good[:k]])) if len(good[:k]) else NAN
+    return sum(float(g) for g in good[:k]) / k if len(good[:k]) else NAN
 
 
 def lexical_overlap(query: Query, products: Sequence[Product]) -> float:

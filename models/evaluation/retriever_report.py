@@ -11,9 +11,9 @@ from typing import Any
 
 Row = Mapping[str, Any]
 PERCENT = (
-    "hitrate@100 recall@10 recall@100 ndcg@10 mrr@10 goodrate@10 judged@10 judged@100 "
-    "condensed_ndcg@10 hybrid_ndcg@10 hybrid_recall@100 lexical_overlap@10 bm25_overlap@10 "
-    "quality@10"
+    "hitrate@100 recall@10 recall@100 ndcg@10 mrr@10 goodrate@10 true_goodrate@10 judged@10 "
+    "judged@100 condensed_ndcg@10 hybrid_ndcg@10 hybrid_recall@100 lexical_overlap@10 "
+    "bm25_overlap@10 quality@10"
 ).split()
 """Columns, in percent; those no row has are left out."""
 INTERVALS = ("hitrate@100", "ndcg@10", "goodrate@10")
@@ -25,8 +25,8 @@ COSTS = {
     "judge_tokens": "judge tokens",
 }
 COMPARED = (
-    "ndcg@10 recall@10 recall@100 goodrate@10 condensed_ndcg@10 hybrid_ndcg@10 lexical_overlap@10 "
-    "quality@10"
+    "ndcg@10 recall@10 recall@100 goodrate@10 true_goodrate@10 condensed_ndcg@10 hybrid_ndcg@10 "
+    "lexical_overlap@10 quality@10"
 ).split()
 """Metrics compared with the baseline query by query, those that are means over queries."""
 

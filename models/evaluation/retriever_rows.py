@@ -45,11 +45,13 @@ def row_parts(
     ks: Sequence[int] = (10, 100),
     good_k: int = 10,
     lexical: Mapping[str, Sequence[str]] | None = None,
+    truth: JudgeGood | None = None,
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Every metric of one run, by query; what cannot be measured for a query is left out.
 
     Args:
         good: 1, 0 or NaN (not read) for each shown product; None: no Goodrate.
+        truth: the same by a store that knows, on every query: true_goodrate; None: there is none.
         lexical: the BM25 run that bm25_overlap@10 compares with and `hybrid_*` fuses with.
     """
     plain = per_query(run, qrels, queries, products, None, quality, ks, lexical=lexical)
@@ -64,15 +66,13 @@ def row_parts(
             for q, w in wanted.items()
             if w
         }
-    if good is not None:
-        rates = {
-            q: goodrate(
-                good(queries[q], [products[p] for p in top(run.get(q, ()), good_k)]), good_k
-            )
-            for q in qrels
-        }
+    for name, word in (("goodrate", good), ("true_goodrate", truth)):
+        if word is None:
+            continue
+        shown = {q: [products[p] for p in top(run.get(q, ()), good_k)] for q in qrels}
+        rates = {q: goodrate(word(queries[q], found), good_k) for q, found in shown.items()}
         kept = {q: (v, 1.0) for q, v in rates.items() if not math.isnan(v)}
-        out[f"goodrate@{good_k}"] = kept
+        out[f"{name}@{good_k}"] = kept
     return out
 
 

@@ -16,9 +16,11 @@ from flows import ablate_retriever as flow
 from flows.ablate_retriever import TITLES, RowPlan, ablate_retriever, ablation_table, row_plan
 from models.errors import ConfigError
 from models.evaluation import retriever_rows
+from models.evaluation.retrieval import read_trec_run
 from models.evaluation.retriever_rows import interval, over_seeds, table_rows
+from models.sources.synthetic import Oracle
 from tasks.artifacts import ArtifactRef
-from tasks.retriever_ablation import PLOT, REPORT, TABLE
+from tasks.retriever_ablation import PLOT, REPORT, RUN, TABLE
 from tasks.stage import Stage
 from tests.flows.conftest import Chain, at_home, small_config
 
@@ -237,6 +239,16 @@ def test_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
         gap = overall[TITLES["rgrpo"]][metric] - overall[TITLES["dpo"]][metric]
         assert overall[TITLES["rgrpo"]][f"{metric}_diff"] == pytest.approx(gap, abs=1e-9)
     assert f"Points against {TITLES['dpo']}" in text
+    assert "best of its looks" in text
+    oracle = Oracle(small_config().data.source)  # type: ignore[arg-type]
+    known = set()
+    for report in result.reports:
+        if report.ref.name == "retriever_row":
+            run = read_trec_run(chain.artifacts.path(report.ref) / RUN)
+            good = [oracle.grade(q, p)[0] >= 3 for q, row in run.items() for p in row[:10]]
+            known.add(round(sum(good) / 10 / len(run), 9))
+    assert {round(row["true_goodrate@10"], 9) for row in overall.values()} <= known
+    assert len(known) > 1
     assert 0 < overall[TITLES["dpo"]]["mining_s"] < overall[TITLES["dpo"]]["train_s"]
     assert overall[TITLES["rgrpo"]]["mining_s"] == 0
     assert TITLES["dpo"] in text and "seeds of the retriever: 0" in text

@@ -91,7 +91,7 @@ def test_judge_quality_and_channel_columns() -> None:
         ks=(10,),
     )
     dense = next(r for r in rows if r["run"] == "dense" and r["segment"] == "all")
-    assert dense["goodrate@10"] == 1 / 2
+    assert dense["goodrate@10"] == 1 / 10, "a place without a product is not good"
     assert dense["quality@10"] == (0.75 + 0.25) / 2
     assert dense["lexical_overlap@10"] == (0 + 1) / 2
     assert dense["bm25_overlap@10"] == 1 / 2
