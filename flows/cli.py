@@ -323,6 +323,9 @@ def search(
     rerank: Annotated[
         int, typer.Option(min=0, max=1000, help="The judge re-orders the best N found.")
     ] = 0,
+    tiers: Annotated[
+        bool, typer.Option("--tiers/--no-tiers", help="Ask the judge; without it, seconds faster.")
+    ] = True,
     store: StoreName = "synthetic",
     home: Home = None,
 ) -> None:
@@ -333,6 +336,8 @@ def search(
         relearn search "red couch" --mode hybrid --max-price 300
 
         relearn search "trail shoes" --brand Acme --category "Sport > Shoes" --rerank 50
+
+        relearn search "trail shoes" --no-tiers
     """
     prepare(home)
     from flows.serving import find_products
@@ -340,16 +345,17 @@ def search(
 
     _not_blank(query, "QUERY")
     hits = find_products(
-        store, query, k, mode, Filters(brand, category, min_price, max_price), rerank
+        store, query, k, mode, Filters(brand, category, min_price, max_price), rerank, tiers
     )
     table = Table(title=escape(f"{query}  ({mode})"))
-    for column in ("rank", "product", "title", "brand", "price", "score", "grade", "tier"):
+    judged = ("grade", "tier") if tiers else ()
+    for column in ("rank", "product", "title", "brand", "price", "score", *judged):
         table.add_column(column)
     for rank, hit in enumerate(hits, 1):
-        product, row = hit.product, hit.graded
+        product, view = hit.product, [str(hit.graded[name]) for name in judged]
         price = "" if product.price is None else price_text(product.price)
         cells = [str(rank), product.product_id, product.title, product.brand, price]
-        table.add_row(*map(escape, cells), f"{hit.score:.3f}", str(row["grade"]), str(row["tier"]))
+        table.add_row(*map(escape, cells), f"{hit.score:.3f}", *view)
     console.print(table if hits else "no product passes these filters; a brand is matched exactly")
 
 

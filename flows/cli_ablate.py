@@ -55,7 +55,8 @@ def ablate_judge(
     is `relearn run` with a few settings changed: stages that a run has made are not made again, and
     the other way round. Safe to interrupt.
 
-    How rows are graded: the most likely of the four grades, without CumPT. The grade comes first in
+    How rows are graded: the most likely of the four grades; columns "median" read the median of
+    their probabilities instead, which is CumPT without calibration. The grade comes first in
     all formats but think-then-respond, which decodes its own reasoning (greedy) and is graded at
     the place where its grade is due. pass@k: 5 sampled responses a pair, right where the grade is.
 

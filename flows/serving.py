@@ -86,7 +86,8 @@ class Champion:
 
 @dataclass(frozen=True)
 class Hit:
-    """One product found: its score in the channel that found it, and the judge's view."""
+    """One product found: its score in the channel that found it, and the judge's view, empty where
+    it was not asked."""
 
     product: Product
     score: float
@@ -139,10 +140,21 @@ def find_products(
     mode: str,
     filters: Filters = NO_FILTERS,
     rerank: int = 0,
+    judged: bool = True,
 ) -> list[Hit]:
-    """The k best products, each with the judge's grade; the best `rerank` of the channel's ranking
-    are put in the order of the judge's expected grade first, equal ones as they were."""
+    """The k best products, each with the judge's grade unless `judged` is off, which loads no
+    judge; the best `rerank` of the channel's ranking are put in the order of the judge's expected
+    grade first, equal ones as they were.
+
+    Raises:
+        ConfigError: a re-ranking without the judge.
+    """
+    if rerank and not judged:
+        got = f"--rerank {rerank} with --no-tiers"
+        raise ConfigError(explain(got, "one of the two", "leave one out: the judge re-ranks"))
     found = ProductSearch.open(store_name).search(query, max(k, rerank), mode, filters)
+    if not judged:
+        return [Hit(product, score, {}) for product, score in found]
     graded = Champion.open(store_name).grade([(Query("cli", query), p) for p, _ in found])
     hits = [Hit(p, score, row) for (p, score), row in zip(found, graded, strict=True)]
     top = sorted(hits[:rerank], key=lambda hit: -hit.expected_grade)

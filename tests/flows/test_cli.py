@@ -217,6 +217,22 @@ def test_search_filters_and_lets_the_judge_re_rank(relearn: Relearn, chain: Chai
     assert [h.product.product_id for h in ranked] != [h.product.product_id for h in plain[:5]]
 
 
+def test_search_without_tiers_loads_no_judge(
+    relearn: Relearn, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.serving import Champion, find_products
+
+    tail = ("search", "sofa", "-k", "3", "--no-tiers", *STORE, "--home", chain.home)
+    text = relearn(*tail).check()
+    assert "score" in text and "tier" not in text and "grade" not in text
+    relearn(*tail, "--rerank", "3").check_refused("--rerank 3 with --no-tiers")
+    with at_home(chain.home):
+        asked = find_products("synthetic-smoke", "sofa", 3, "vector")
+        monkeypatch.setattr(Champion, "open", None)
+        plain = find_products("synthetic-smoke", "sofa", 3, "vector", judged=False)
+    assert [(h.product, h.score) for h in plain] == [(h.product, h.score) for h in asked]
+
+
 def test_refresh_applies_a_delta_to_what_is_served(
     relearn: Relearn, chain: Chain, tmp_path: Path
 ) -> None:
