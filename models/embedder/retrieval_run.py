@@ -25,7 +25,7 @@ from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, s
 from models.embedder.chunked import CachedTexts, Embed
 from models.embedder.config import RetrievalGRPOConfig
 from models.embedder.encoder import encode, encode_products, load_encoder
-from models.embedder.ordering import encoder_order, judged_groups, lead, reward_orders
+from models.embedder.ordering import Order, encoder_order, judged_groups, lead, reward_orders
 from models.embedder.pairs import (
     Copies,
     PositivePair,
@@ -245,15 +245,15 @@ class Run:
         self.ref_queries_QD = encode(self.encoder, texts, prompt="query", bf16=self.config.bf16)
         self.ref_pool_ND = self.pool.vectors_ND
         np.savez(self.scratch / "reference.npz", queries=self.ref_queries_QD, pool=self.ref_pool_ND)
-        self._look(self._val_vectors())
-        self._compare_orders()
+        own = encoder_order(self.encoder, self.groups, self.config.bf16)
+        self._look(self._val_vectors(), own)
+        self._compare_orders(own)
         self._checkpoint()
 
-    def _compare_orders(self) -> None:
+    def _compare_orders(self, own: Order) -> None:
         """Log how each reward orders labelled products, and warn when the judge knows no more than
         the encoder does.
         """
-        own = encoder_order(self.encoder, self.groups, self.config.bf16)
         orders = reward_orders(self.rewards, self.groups)
         self.orders = {name: order.accuracy for name, order in orders.items()}
         self.sink.log({f"embedder/rgrpo/val_order/{n}": v for n, v in self.orders.items()}, 0)
@@ -278,7 +278,7 @@ class Run:
         self.pool.refresh(self.encoder, f"retrieval-grpo: pool at step {self.step}")
         stale = stale_share(stale_QK, self.pool.top_k(vectors_QD, k))
         self.sink.log({"embedder/rgrpo/stale_share": stale}, self.step)
-        self._look(vectors_QD)
+        self._look(vectors_QD, encoder_order(self.encoder, self.groups, self.config.bf16))
         self._checkpoint()
 
     def _draw(self, number: int) -> Batch:
@@ -432,9 +432,9 @@ class Run:
         texts = [self.store.query_by_id[q].text for q in self.val_relevant]
         return encode(self.encoder, texts, prompt="query", bf16=self.config.bf16)
 
-    def _look(self, vectors_QD: np.ndarray) -> None:
+    def _look(self, vectors_QD: np.ndarray, own: Order) -> None:
         """Recall, rewards and spread on validation; keeps the best encoder, stops a collapse."""
-        watch = self._watch(vectors_QD)
+        watch = self._watch(vectors_QD, own)
         self.watches.append(watch)
         self.sink.log({f"embedder/rgrpo/{k}": v for k, v in watch.numbers().items()}, self.step)
         log.info("rgrpo step %d: %s", self.step, watch.numbers())
@@ -448,7 +448,7 @@ class Run:
             self.best = watch
             self._save(self._best_folder(watch))
 
-    def _watch(self, vectors_QD: np.ndarray) -> Watch:
+    def _watch(self, vectors_QD: np.ndarray, own: Order) -> Watch:
         config = self.config
         queries = [self.store.query_by_id[q] for q in self.val_relevant]
         k = min(config.recall_k, len(self.pool.products))
@@ -459,9 +459,9 @@ class Run:
         ]
         terms: dict[str, np.ndarray] = {}
         for free, count in ((True, len(queries)), (False, config.val_reward_queries)):
-            own = [r for r in self.rewards if getattr(r, "free", False) == free]
-            if own:
-                terms |= total_reward(own, queries[:count], products[:count])[1]
+            asked = [r for r in self.rewards if getattr(r, "free", False) == free]
+            if asked:
+                terms |= total_reward(asked, queries[:count], products[:count])[1]
         centre_D = self.pool.vectors_ND.mean(0)
         return Watch(
             step=self.step,
@@ -471,7 +471,7 @@ class Run:
             terms={name: float(values.mean()) for name, values in terms.items()},
             recalls=recalls,
             rewards={name: values.mean(1).tolist() for name, values in terms.items()},
-            order=encoder_order(self.encoder, self.groups, config.bf16).accuracy,
+            order=own.accuracy,
         )
 
     def _log_first(
