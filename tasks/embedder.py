@@ -43,7 +43,7 @@ class RewardsConfig(BaseModel):
     """good: P4 + P3; expected: (E[grade] - 1) / 3."""
 
 
-@stage(name="embedder_base", kind="embedder", code_version="1")
+@stage(name="embedder_base", kind="embedder", code_version="2")
 def embedder_base(ctx: StageContext, config: EncoderConfig, base: ArtifactRef) -> None:
     """A base model with pooling and prompts, as a folder of its own (weights are copied)."""
     from models.embedder.encoder import prepare_encoder
@@ -51,7 +51,7 @@ def embedder_base(ctx: StageContext, config: EncoderConfig, base: ArtifactRef) -
     prepare_encoder(weights_path(ctx, base), config, ctx.out)
 
 
-@stage(name="embedder_sft", kind="embedder", code_version="6")
+@stage(name="embedder_sft", kind="embedder", code_version="7")
 def embedder_sft(
     ctx: StageContext, config: ContrastiveConfig, base: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -69,7 +69,7 @@ def embedder_sft(
     )
 
 
-@stage(name="index", kind="index", code_version="2")
+@stage(name="index", kind="index", code_version="3")
 def index_catalogue(
     ctx: StageContext, config: IndexConfig, encoder: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -128,7 +128,7 @@ def _index_of_same_vectors(ctx: StageContext, weights: str, dim: int | None) -> 
     return None if found is None else ctx.store.ref(found)
 
 
-@stage(name="embedder_rgrpo", kind="embedder", code_version="9")
+@stage(name="embedder_rgrpo", kind="embedder", code_version="10")
 def embedder_rgrpo(
     ctx: StageContext,
     config: RetrievalGRPOConfig,
@@ -184,7 +184,7 @@ def _kept_when_it_diverges(ctx: StageContext) -> Iterator[None]:
         raise DivergenceError(f"{error}. The best encoder before that is kept in {kept}") from error
 
 
-@stage(name="embedder_negatives", kind="data", code_version="3")
+@stage(name="embedder_negatives", kind="data", code_version="4")
 def embedder_negatives(
     ctx: StageContext,
     config: MiningConfig,
@@ -213,7 +213,7 @@ def embedder_negatives(
     return {f"mining/{name}": value for name, value in known.items()} | judge_cost(relevance)
 
 
-@stage(name="embedder_hard", kind="embedder", code_version="3")
+@stage(name="embedder_hard", kind="embedder", code_version="4")
 def embedder_hard(
     ctx: StageContext,
     config: HardNegativeConfig,

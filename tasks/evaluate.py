@@ -122,7 +122,7 @@ def _goodrate_judge(
     queries: list[Any],
     products: Mapping[str, Any],
 ) -> Any:
-    """Good (grade 4 or 3 by the judge) or None beyond the top 10 of the queries it reads."""
+    """Good (grade 4 or 3 by the judge) of the top 10 of the queries it reads."""
     import random
 
     if config.judged_queries == 0:
@@ -143,9 +143,12 @@ def _goodrate_judge(
         verdict |= {(q.query_id, p.product_id): g for (q, p), g in zip(part, goods, strict=True)}
         ctx.progress(start + len(part), len(pairs), "pairs judged for Goodrate")
 
+    read = {q.query_id for q in chosen}
+
     def good(query: Any, found: Any) -> list[float]:
-        none = float("nan")
-        return [float(verdict.get((query.query_id, p.product_id), none)) for p in found]
+        if query.query_id not in read:
+            return [float("nan")]
+        return [float(verdict[query.query_id, p.product_id]) for p in found]
 
     return good
 

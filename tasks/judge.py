@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.errors import DataContractError, explain
 from models.judge.config import (
     DpoConfig,
     DrawConfig,
@@ -277,6 +278,9 @@ def judge_calibrated(
     folder = ctx.open(judge)
     tables = open_store(ctx, store)
     pairs = sample_pairs(tables.pairs("validation"), config.max_pairs, 0)
+    if not pairs:
+        do = "label a few validation queries"
+        raise DataContractError(explain("no validation pairs", "some to calibrate CumPT on", do))
     scores = _open_judge(ctx, judge).score([(p.query, p.product) for p in pairs], "calibration")
     grades_N = np.array([p.grade for p in pairs])
     few = scarce(grades_N, np.array([p.grade for p in tables.pairs("train")]))
@@ -297,6 +301,7 @@ def judge_calibrated(
     return {
         "beta_cum": cumpt.beta,
         "sharpness": cumpt.sharpness,
+        "calibrated": float(not few),
         "validation/macro_f1": f1,
         "pairs": len(pairs),
     }

@@ -95,7 +95,7 @@ def _good(
     queries: Sequence[Any],
     products: Mapping[str, Any],
 ) -> Any:
-    """The judge's word on the first products of the queries it reads; NaN elsewhere."""
+    """The judge's word on the first products of the queries it reads."""
     import random
 
     if judge is None or config.judged_queries == 0:
@@ -112,9 +112,12 @@ def _good(
             verdict[query.query_id, product.product_id] = float(word)
         ctx.progress(start + len(part), len(pairs), "pairs judged for Goodrate")
 
+    read = {q.query_id for q in chosen}
+
     def good(query: Any, found: Any) -> list[float]:
-        none = float("nan")
-        return [verdict.get((query.query_id, p.product_id), none) for p in found]
+        if query.query_id not in read:
+            return [float("nan")]
+        return [verdict[query.query_id, p.product_id] for p in found]
 
     return good
 

@@ -228,7 +228,8 @@ class RetrievalGRPOLoss(nn.Module):
 class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
     """Retrieval-GRPO on the gathered batch, rewarded live [TaoSearchEmb s3.2].
 
-    Dataset columns: query, product, label = the row's place in `pairs`. Candidates of each query
+    Dataset columns: query, product, label = the row's place in `pairs`. Prompts are those that the
+    trainer is given (`prompts`). Candidates of each query
     are the Top-K by the encoder as it is now among the distinct products of the batch, those of the
     other processes included where training is distributed. A batch with fewer of them than `k` has
     that many candidates: a last, short one does not end the training.
@@ -289,7 +290,8 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
 class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
     """Retrieval-GRPO on the Top-K of a whole catalogue, rewarded live [TaoSearchEmb s3.2].
 
-    Dataset columns: query, label = the row's place in `queries`. The catalogue is embedded at the
+    Dataset columns: query, label = the row's place in `queries`, whose text is what is read: both
+    sides get the encoder's own prompts, not the trainer's. The catalogue is embedded at the
     first batch and after every `refresh_every` training batches. The K products of a query are
     embedded anew, with gradient, so that only their choice is stale. `last_metrics` says how much:
     pool_age (batches since the catalogue was embedded) and, at a refresh, stale_share (of the
@@ -340,6 +342,8 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
             got = f"{len(columns)} columns, labels {shape}"
             what = "a column query, and as `label` the row's place in `queries`"
             raise ConfigError(explain(got, what, "give the data set these two alone"))
+        asked = [self.queries[i] for i in labels.tolist()]
+        columns = [features(self._encoder, [q.text for q in asked], "query")]
         (query_QD,), (ref_query_QD,) = self.vectors(columns), self.reference_vectors(columns)
         vectors_QD = query_QD.detach().cpu().numpy()
         freshness = self._keep_fresh(vectors_QD)
@@ -353,7 +357,7 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
             product_UD = product_UD.detach()
         loss = self.rewarded(
             self.rewards,
-            [self.queries[i] for i in labels.tolist()],
+            asked,
             [[self.pool.products[i] for i in row] for row in rows_QK],
             cosines(query_QD, product_UD[place_QK]),
             cosines(ref_query_QD, ref_UD[place_QK]),

@@ -152,17 +152,16 @@ def judged(ranking: Sequence[str], grades: Grades, k: int) -> float:
 
 
 def goodrate(good: Sequence[bool | float], k: int) -> float:
-    """Share of k places whose product the judge grades 4 or 3; NaN for an empty run
-    [TaoSearchEmb s4.1].
+    """Share of k places whose product the judge grades 4 or 3 [TaoSearchEmb s4.1].
 
-    A place without a product is not good, so that a short list is no better for being short.
+    A place without a product is not good, so that a list is no better for being short or empty.
 
-    good: the judge's word on the ranked products, best first.
+    good: the judge's word on the ranked products, best first; a NaN among them makes it NaN.
 
-    >>> goodrate([True, False, True, True], 2), goodrate([True], 2)
-    (0.5, 0.5)
+    >>> goodrate([True, False, True, True], 2), goodrate([True], 2), goodrate([], 2)
+    (0.5, 0.5, 0.0)
     """
-    return sum(float(g) for g in good[:k]) / k if len(good[:k]) else NAN
+    return sum(float(g) for g in good[:k]) / k
 
 
 def lexical_overlap(query: Query, products: Sequence[Product]) -> float:
@@ -202,7 +201,8 @@ def channel_overlap(ranking: Sequence[str], other: Sequence[str], k: int) -> flo
 
 
 JudgeGood = Callable[[Query, Sequence[Product]], Sequence[bool | float]]
-"""The judge's word on each product: good (grade 4 or 3), or its probability."""
+"""The judge's word on each product: good (grade 4 or 3), or its probability; one NaN for a query
+that was not read, whether products were found for it or not."""
 
 
 def per_query(
@@ -235,7 +235,7 @@ def per_query(
         values["precision@10"] = precision(ranking, grades, 10)
         values["lexical_overlap@10"] = lexical_overlap(queries[q], shown)
         if judge_good is not None:
-            values["goodrate@10"] = goodrate(judge_good(queries[q], shown), 10) if shown else NAN
+            values["goodrate@10"] = goodrate(judge_good(queries[q], shown), 10)
         if quality is not None:
             values["quality@10"] = item_quality(ranking, quality, 10)
         if lexical is not None:

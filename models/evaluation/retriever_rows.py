@@ -50,7 +50,7 @@ def row_parts(
     """Every metric of one run, by query; what cannot be measured for a query is left out.
 
     Args:
-        good: 1, 0 or NaN (not read) for each shown product; None: no Goodrate.
+        good: the judge's word on the products shown; None: no Goodrate.
         truth: the same by a store that knows, on every query: true_goodrate; None: there is none.
         lexical: the BM25 run that bm25_overlap@10 compares with and `hybrid_*` fuses with.
     """

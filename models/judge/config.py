@@ -340,7 +340,8 @@ class GrpoConfig(BaseModel):
     for beside its loss."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whose ratio is clipped: a token's [TaoSR1 s3.3], or a response's, the geometric mean over its
-    tokens (GSPO, which wants clips of about 3e-4)."""
+    tokens (GSPO, which wants clips of about 3e-4). Guided replay truncates a token's ratio
+    either way."""
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
     """0.28 is DAPO's clip-higher."""

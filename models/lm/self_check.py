@@ -5,6 +5,7 @@ row may be taken from, positions that can be given, and logits that are the outp
 that does otherwise would be scored and trained wrongly without a word. So before the first use its
 log-probs on a small built tree are compared with those of its plain forward; where they differ, a
 warning says by how much, and everything is computed by the plain forward: right, and slower.
+Decoding from a shared prompt is asked of it in the same way, before the first sampling.
 
 Tensor legend: M response tokens, V vocabulary.
 """

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import ConfigError, explain
-from models.rules.wishes import ALTERNATIVE, ANY_BUT, NOT
+from models.rules.wishes import ALTERNATIVE, ANY_BUT, HYPHEN, NOT
 from models.types import Query
 
 FOLDER = Path(__file__).parent
 TRIGGERS: dict[str, re.Pattern[str]] = {
-    "negation": re.compile(rf"\b(?:{NOT}|{ANY_BUT})\b|-free\b", re.I),
+    "negation": re.compile(rf"\b(?:{NOT}|{ANY_BUT})\b|[{HYPHEN}]free\b", re.I),
     "price": re.compile(r"\b(?:under|below|less than|cheap\w*|affordable|budget|max)\b|[$]", re.I),
     "number": re.compile(r"\d"),
     "question": re.compile(r"^(?:what|which|how|where|who|can)\b|\?$", re.I),

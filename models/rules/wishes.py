@@ -15,10 +15,10 @@ from models.text import terms
 NOT = "not|no|without|except|non"
 ANY_BUT = r"any(?:thing| \w+)? but"
 """Patterns of what comes before a thing that is not wanted."""
+HYPHEN = "\u2010\u2011\u2013-"
+_THEN = rf"[ {HYPHEN}]+(?:in |made of |from )?"
 _EXCLUDED = re.compile(
-    rf"\b(?:{NOT}|{ANY_BUT}(?! +(?:not|no|without|under|below)\b))"
-    r"[ -]+(?:in |made of |from )?(\w+)",
-    re.I,
+    rf"\b(?:{NOT}|{ANY_BUT}(?! +(?:not|no|without|under|below)\b)){_THEN}(\w+)", re.I
 )
 _ANY = re.compile(r"\bany (?:brand|colou?r|finish|material|shade|size) but\b", re.I)
 """Names what may be anything, so none of its words is asked for."""
@@ -28,9 +28,15 @@ ALTERNATIVE = re.compile(
     re.I,
 )
 """The brand that is named is the one not wanted."""
-_FREE = re.compile(r"\b(\w+)-free\b", re.I)
-_WITHOUT = re.compile(rf"\b(?:{NOT})[ -]+\w+|\b\w+[ -]free\b", re.I)
-"""How an item says what it is without: "non-slip", "no dig", "lead free"."""
+_FREE = re.compile(rf"\b(\w+)[{HYPHEN}]free\b", re.I)
+_FREE_OF_CHARGE = "standing|shipping|delivery|returns?|gift|with"
+_WITHOUT = re.compile(
+    rf"\b(?:{NOT}){_THEN}\w+"
+    rf"|\b\w+[ {HYPHEN}]free\b(?![ {HYPHEN}]*(?:{_FREE_OF_CHARGE})\b)",
+    re.I,
+)
+"""How an item says what it is without: "non-slip", "no dig", "lead free"; not "oak free-standing".
+"""
 _NUMBER = r"((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
 _END = r"(?!\w|[.,]\d)"
 _BEFORE = r"(?:[$€£]|(?:usd|eur|gbp)\b)\s*"

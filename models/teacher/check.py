@@ -34,10 +34,11 @@ def known_verdicts(pair: Pair) -> Verdicts | None:
     Attributes are named as the response format can hold them, each once (`each_once`); one without
     a name is left out.
     """
-    if pair.verdicts is None or contradicts(pair.grade, pair.verdicts):
+    if pair.verdicts is None:
         return None
     named = ((attribute_name(name), holds) for name, holds in pair.verdicts.attributes)
-    return Verdicts(pair.verdicts.category, each_once(known for known in named if known[0]))
+    said = Verdicts(pair.verdicts.category, each_once(known for known in named if known[0]))
+    return None if contradicts(pair.grade, said) else said
 
 
 def check(text: str, pair: Pair, max_words: int | None = None) -> Checked:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.errors import DataContractError
 from models.evaluation.tiers import MEDIAN
 from models.judge.config import PromptConfig
 from models.judge.spec import JudgeSpec
@@ -44,6 +45,9 @@ def test_without_validation_pairs_of_a_grade_the_median_is_read(
         metrics = judge_calibrated.body(ctx, CalibrationConfig(), **inputs)
     written = JudgeSpec.read(tmp_path / "out").cumpt
     assert written is not None and (written == MEDIAN) is lacking
-    assert metrics["beta_cum"] == written.beta
+    assert metrics["beta_cum"] == written.beta and metrics["calibrated"] == (not lacking)
+    held.clear()
+    with pytest.raises(DataContractError, match="label a few validation queries"):
+        judge_calibrated.body(ctx, CalibrationConfig(), **inputs)
     warnings = [r.getMessage() for r in caplog.records]
     assert any("40 validation pairs have grade 2, so" in w for w in warnings) is lacking

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.rewards.config import RuleRewardConfig
 from models.rewards.judge_rules import rule_reward
-from models.rules.table import allowed_grades, leading_to
+from models.rules.table import allowed_grades, contradicts, leading_to
 from models.teacher.response import (
     Order,
     ParseOutcome,
@@ -241,7 +241,13 @@ def test_the_teacher_states_each_attribute_once() -> None:
     assert gold_verdicts(words).attributes[0] == ("price", False)
     told = Verdicts(Category.MATCH, (("size", True), ("size, ", False)))
     given = replace(make_pair(grade=2), verdicts=told)
-    for pair in (words, given):
+    # one of two failed wishes is grade 3, unless the other failed as well
+    both = make_verdicts("match", size=True, colour=False)
+    both = replace(both, attributes=(*both.attributes, ("size", False)))
+    passed_over = replace(make_pair("red sofa", "red sofa", 3), verdicts=both)
+    assert not contradicts(3, replace(both, attributes=both.attributes[:2]))
+    assert not contradicts(3, gold_verdicts(passed_over))
+    for pair in (words, given, passed_over):
         read = parse_response(write(pair, "respond_then_think"), "respond_then_think")
         assert read.outcome is ParseOutcome.OK and read.verdicts == gold_verdicts(pair)
 

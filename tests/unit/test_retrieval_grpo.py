@@ -449,6 +449,7 @@ def test_the_catalogue_is_the_pool_and_rewards_are_live(
     store: Store, encoder_dir: Path, quality: Quality, towers: Any
 ) -> None:
     encoder, queries = load_encoder(str(encoder_dir)), train_queries(store)[:4]
+    encoder.prompts |= {"query": "lamp rug ", "document": "mug "}
     products = list(store.product_by_id.values())
     loss = IndexRetrievalGRPOLoss(
         encoder, queries, products, [quality], k=3, tau=TAU, towers=towers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from models.errors import DataContractError
 from models.evaluation import retrieval as m
 from models.evaluation.lexical import Bm25, random_run
+from models.evaluation.retriever_rows import row_parts
 from models.types import Product, Query
 
 GRADES = {"a": 4, "b": 3, "c": 2, "d": 1, "e": 4}
@@ -95,6 +97,22 @@ def test_judge_quality_and_channel_columns() -> None:
     assert dense["quality@10"] == (0.75 + 0.25) / 2
     assert dense["lexical_overlap@10"] == (0 + 1) / 2
     assert dense["bm25_overlap@10"] == 1 / 2
+
+
+def test_a_query_without_results_has_no_good_ones_and_an_unread_one_no_rate() -> None:
+    products = {"a": Product("a", "red shoe")}
+    queries = {q: Query(q, "red shoe") for q in ("found", "empty", "unread")}
+    qrels = {q: {"a": 4} for q in queries}
+
+    def good(query: Query, shown: Sequence[Product]) -> list[float]:
+        return [float("nan")] if query.query_id == "unread" else [1.0 for _ in shown]
+
+    run = {"found": ["a"], "unread": ["a"]}
+    rates = m.per_query(run, qrels, queries, products, good)["goodrate@10"]
+    assert (rates["found"], rates["empty"]) == (0.1, 0.0) and math.isnan(rates["unread"])
+    parts = row_parts(run, qrels, queries, products, {}, good, truth=lambda q, s: [True for _ in s])
+    assert parts["goodrate@10"] == {"found": (0.1, 1.0), "empty": (0.0, 1.0)}
+    assert parts["true_goodrate@10"] == {q: (0.1 * (q != "empty"), 1.0) for q in queries}
 
 
 def test_unjudged_products_cost_ndcg_and_not_its_condensed_kind() -> None:

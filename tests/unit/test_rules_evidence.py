@@ -148,6 +148,11 @@ def test_evidence_of_a_negation_is_not_a_missing_word() -> None:
         ("no dig fence", "24 in. No-Dig Metal Fence", False),
         ("sofa without leather", "Sofa without leather", False),
         ("sofa without leather", "Free leather care with this sofa", True),
+        ("sofa without leather", "Sofa not made of leather", False),
+        ("bag without leather", "Leather Free Shipping Bag", True),
+        ("cabinet without oak", "Oak Free-Standing Cabinet", True),
+        ("gluten-free bread", "Bread Gluten\u2011Free", False),
+        ("gluten\u2013free bread", "Bread with gluten", True),
     ],
 )
 def test_an_item_that_is_without_it_keeps_an_exclusion(

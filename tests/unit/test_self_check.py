@@ -319,32 +319,37 @@ def test_how_long_a_text_may_be() -> None:
 
 
 class Counts(torch.nn.Module):
-    """A model whose logits of earlier batches are looked for in memory at each call."""
+    """A model whose results for earlier batches are looked for in memory at each call."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, inner: Any, width: int) -> None:
         super().__init__()
-        self.lm, self.alive = lm, [0]
+        self.inner, self.width, self.alive = inner, width, [0]
 
     def forward(self, **given: Any) -> Any:
         held = {
             storage.data_ptr(): storage.nbytes()
             for thing in gc.get_objects()
-            if type(thing) is torch.Tensor and thing.shape[-1:] == (VOCAB,)
+            if type(thing) is torch.Tensor and thing.shape[-1:] == (self.width,)
             for storage in [thing.untyped_storage()]
         }
         self.alive.append(sum(held.values()))
-        return self.lm(**given)
+        return self.inner(**given)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_plain_logits_of_earlier_batches_are_let_go(
-    trained: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("read", "trained"),
+    [(plain.plain_logits, False), (plain.plain_logits, True), (plain.plain_states, False)],
+)
+def test_what_the_plain_forward_made_of_earlier_batches_is_let_go(
+    read: Any, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plain, "TOKENS_AT_ONCE", 100)
-    counts, texts = Counts(llama()), [ROOT] * 12
+    lm = llama(hidden_size=40)
+    of_states = read is plain.plain_states
+    counts = Counts(lm.model if of_states else lm, 40 if of_states else VOCAB)
     gc.collect()
     with torch.set_grad_enabled(trained):
-        got_MV = plain.plain_logits(counts, texts, [range(60, 61)] * 12)
-    assert got_MV.shape == (12, VOCAB)
-    one_batch = 4 * VOCAB * (len(ROOT) + 1)
-    assert len(counts.alive) == 13 and max(counts.alive) - counts.alive[1] < 2.5 * one_batch
+        got = read(counts, [ROOT] * 12, [range(59, 60)] * 12)
+    assert got.shape == (12, counts.width) and len(counts.alive) == 13
+    one_batch = 4 * counts.width * (len(ROOT) + 1)
+    assert max(counts.alive) - counts.alive[1] < 2.5 * one_batch
