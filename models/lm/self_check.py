@@ -32,6 +32,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.02, tor
 """Largest gap of a log-prob, as a share of the log-prob where that exceeds one nat. In bf16 it is
 three times what thirty random layers show (infra/LOG.md)."""
 
+HALF = (torch.bfloat16, torch.float16)
+DECODING = 10
+"""Times as much is allowed of decoding in half precision: its attention adds in another order, and
+thirty layers of SmolLM2 in bf16 are .03 to .14 nats from float32 by either (measured, ours)."""
+
 _VERDICTS: dict[tuple[Any, ...], bool] = {}
 
 
@@ -134,7 +139,7 @@ def _compare_decoding(model: SharedPrefixLM) -> tuple[float, float, str]:
         [text[(at + step) % len(text)] for at, text in enumerate(texts)] for step in (0, 3)
     )
     fed = [(*text, *both) for text, *both in zip(texts, first, second, strict=True)]
-    allowed = _allowed(model)
+    allowed = _allowed(model) * (DECODING if next(model.parameters()).dtype in HALF else 1)
     with _as_in_scoring(model):
         alone = [plain_logits(model.lm, [t], [range(len(t), len(t) + 1)]) for t in fed]
         want_RV = torch.cat(alone).log_softmax(-1)

@@ -232,7 +232,9 @@ def _verdicts(steps: list[tuple[str, str]]) -> Verdicts | None:
     if attributes == "none":
         return Verdicts(Category(category))
     matches = [_ATTRIBUTE.fullmatch(part) for part in _NEXT.split(attributes)]
-    verdicts = tuple((m[1], m[2] == "yes") for m in matches if m)
-    if len({name for name, _ in verdicts}) < len(matches):
-        return None  # one that cannot be read, or a name twice: which of its verdicts would count?
-    return Verdicts(Category(category), verdicts)
+    if any(m is None for m in matches):
+        return None
+    stated = dict.fromkeys((m[1], m[2] == "yes") for m in matches if m)
+    if len({name for name, _ in stated}) < len(stated):
+        return None  # yes and no of one name: which of them would count?
+    return Verdicts(Category(category), tuple(stated))

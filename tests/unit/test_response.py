@@ -223,8 +223,14 @@ def test_a_verdict_stated_twice_is_none() -> None:
     assert parse_response(text, "respond_then_think").verdicts is None
 
 
-@pytest.mark.parametrize("said", ["colour no, colour yes", "a yes, b no, a yes"])
-def test_an_attribute_stated_twice_cannot_be_read(said: str) -> None:
+def test_an_attribute_stated_twice_alike_is_read_once() -> None:
+    text = "\n".join(("3", *GOOD[:3], "attributes: a yes, b no, a yes", "decision: related"))
+    read = parse_response(text, "respond_then_think")
+    assert read.sound and read.verdicts == make_verdicts(a=True, b=False)
+
+
+@pytest.mark.parametrize("said", ["colour no, colour yes", "a yes, b no, a yes, b yes"])
+def test_an_attribute_stated_both_ways_cannot_be_read(said: str) -> None:
     text = "\n".join(("4", *GOOD[:3], f"attributes: {said}", GOOD[4]))
     read = parse_response(text, "respond_then_think")
     assert (read.outcome, read.verdicts) == (ParseOutcome.MALFORMED, None)

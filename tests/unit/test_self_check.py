@@ -208,16 +208,19 @@ def test_a_model_that_cannot_decode_from_a_shared_prompt_is_named_and_sampled_pl
 def test_a_model_that_decodes_to_something_else_is_sampled_plainly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    attend = decoding.Siblings.attend
+    attend, fault = decoding.Siblings.attend, 1.1
 
     def scaled(self: Any, layer: int, query: Any, key: Any, value: Any, scale: float) -> Any:
-        return attend(self, layer, query, key, value, 1.1 * scale)
+        return attend(self, layer, query, key, value, fault * scale)
 
     model = SharedPrefixLM(llama())
     assert decodes(model) and self_check._VERDICTS
     self_check._VERDICTS.clear()
     monkeypatch.setattr(decoding.Siblings, "attend", scaled)
     assert agrees(model) and not decodes(model)
+    fault = -1.0  # in half precision a fault has to be a gross one
+    half = SharedPrefixLM(llama(num_hidden_layers=4).to(torch.bfloat16))
+    assert agrees(half) and not decodes(half)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
@@ -235,7 +238,8 @@ def test_a_right_architecture_shares_its_prefixes_in_silence(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_right_and_wrong_are_told_apart_in_half_precision(dtype: torch.dtype) -> None:
     wide = dict(hidden_size=128, intermediate_size=256, head_dim=32)
-    assert agrees(SharedPrefixLM(llama(**wide).to(dtype)))
+    right = SharedPrefixLM(llama(**wide).to(dtype))
+    assert agrees(right) and decodes(right)
     assert not agrees(SharedPrefixLM(llama(CountsItself, **wide).to(dtype)))
 
 
