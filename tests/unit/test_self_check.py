@@ -219,7 +219,8 @@ def test_a_model_that_decodes_to_something_else_is_sampled_plainly(
     monkeypatch.setattr(decoding.Siblings, "attend", scaled)
     assert agrees(model) and not decodes(model)
     fault = -1.0  # in half precision a fault has to be a gross one
-    half = SharedPrefixLM(llama(num_hidden_layers=4).to(torch.bfloat16))
+    wide = dict(hidden_size=128, intermediate_size=256, head_dim=32)
+    half = SharedPrefixLM(llama(**wide).to(torch.bfloat16))
     assert agrees(half) and not decodes(half)
 
 
