@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,48 +107,49 @@ def evaluate_retrieval(
         write_trec_run(run, ctx.out / f"{name}.trec", tag=name)
     write_trec_qrels(qrels, ctx.out / "qrels.txt")
     retrieval_outcomes(runs[list(runs)[-1]], qrels, data).write(ctx.out)
-    good = _goodrate_judge(ctx, config, judge, runs, queries, products)
+    every = {
+        q.query_id: sorted({p for run in runs.values() for p in run.get(q.query_id, [])[:10]})
+        for q in queries
+    }
+    good = goodrate_judge(
+        ctx, config, judge, queries, lambda q: [products[p] for p in every[q.query_id]]
+    )
     levels, source = quality_scores(data)
     rows = evaluate_runs(runs, qrels, data.query_by_id, products, good, levels, config.ks)
     rows = [{**row, "quality_source": source} for row in rows]
     return _publish(ctx, RETRIEVAL_TABLE, "retrieval", rows)
 
 
-def _goodrate_judge(
+def goodrate_judge(
     ctx: StageContext,
     config: RetrievalEvalConfig,
-    judge: ArtifactRef,
-    runs: Mapping[str, Mapping[str, list[str]]],
-    queries: list[Any],
-    products: Mapping[str, Any],
+    judge: ArtifactRef | None,
+    queries: Sequence[Any],
+    shown: Callable[[Any], Sequence[Any]],
 ) -> Any:
-    """Good (grade 4 or 3 by the judge) of the top 10 of the queries it reads."""
+    """Good (grade 4 or 3 by the judge) of the products `shown` for the queries it reads, one NaN
+    for the others; None where no judge reads any."""
     import random
 
-    if config.judged_queries == 0:
+    if judge is None or config.judged_queries == 0:
         return None
     count = min(config.judged_queries, len(queries))
-    chosen = random.Random(config.seed).sample(queries, count)
-    pairs = [
-        (q, products[p])
-        for q in chosen
-        for p in sorted({p for run in runs.values() for p in run.get(q.query_id, [])[:10]})
-    ]
+    chosen = random.Random(config.seed).sample(list(queries), count)
+    pairs = [(q, product) for q in chosen for product in shown(q)]
     relevance = judge_relevance(ctx, judge)
-    verdict: dict[tuple[str, str], bool] = {}
+    verdict: dict[tuple[str, str], float] = {}
     ctx.progress(0, len(pairs), "pairs judged for Goodrate")
     for start in range(0, len(pairs), JUDGED_AT_ONCE):
         part = pairs[start : start + JUDGED_AT_ONCE]
-        goods = relevance.is_good(part)
-        verdict |= {(q.query_id, p.product_id): g for (q, p), g in zip(part, goods, strict=True)}
+        for (query, product), word in zip(part, relevance.is_good(part), strict=True):
+            verdict[query.query_id, product.product_id] = float(word)
         ctx.progress(start + len(part), len(pairs), "pairs judged for Goodrate")
-
     read = {q.query_id for q in chosen}
 
     def good(query: Any, found: Any) -> list[float]:
         if query.query_id not in read:
             return [float("nan")]
-        return [float(verdict[query.query_id, p.product_id]) for p in found]
+        return [verdict[query.query_id, p.product_id] for p in found]
 
     return good
 

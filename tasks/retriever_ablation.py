@@ -9,8 +9,7 @@ from typing import Any, Literal
 from models.sources import SyntheticSource
 from tasks.artifacts import ArtifactRef
 from tasks.base import weights_path
-from tasks.embedder import judge_relevance
-from tasks.evaluate import JUDGED_AT_ONCE, RetrievalEvalConfig
+from tasks.evaluate import RetrievalEvalConfig, goodrate_judge
 from tasks.ingest import open_store
 from tasks.stage import StageContext, stage
 
@@ -65,13 +64,20 @@ def retriever_row(
     write_trec_run(run, ctx.out / RUN, tag=channel)
     words = None if lexical is None else read_trec_run(ctx.open(lexical) / RUN)
     levels, source = quality_scores(data)
+    good = goodrate_judge(
+        ctx,
+        config,
+        judge,
+        queries,
+        lambda q: [products[p] for p in run.get(q.query_id, ())[:GOOD_K]],
+    )
     parts = row_parts(
         run,
         qrels,
         data.query_by_id,
         products,
         levels,
-        _good(ctx, config, judge, run, queries, products),
+        good,
         config.ks,
         GOOD_K,
         run if channel == "bm25" else words,
@@ -85,41 +91,6 @@ def retriever_row(
     (ctx.out / PARTS).write_text(json.dumps(body), encoding="utf-8")
     means = {metric: interval(list(values.values()), 1)[0] for metric, values in parts.items()}
     return {f"retrieval/{metric}": mean for metric, mean in means.items() if mean == mean}
-
-
-def _good(
-    ctx: StageContext,
-    config: RetrievalEvalConfig,
-    judge: ArtifactRef | None,
-    run: Mapping[str, Sequence[str]],
-    queries: Sequence[Any],
-    products: Mapping[str, Any],
-) -> Any:
-    """The judge's word on the first products of the queries it reads."""
-    import random
-
-    if judge is None or config.judged_queries == 0:
-        return None
-    chosen = random.Random(config.seed).sample(
-        list(queries), min(config.judged_queries, len(queries))
-    )
-    pairs = [(q, products[p]) for q in chosen for p in run.get(q.query_id, ())[:GOOD_K]]
-    relevance = judge_relevance(ctx, judge)
-    verdict: dict[tuple[str, str], float] = {}
-    for start in range(0, len(pairs), JUDGED_AT_ONCE):
-        part = pairs[start : start + JUDGED_AT_ONCE]
-        for (query, product), word in zip(part, relevance.is_good(part), strict=True):
-            verdict[query.query_id, product.product_id] = float(word)
-        ctx.progress(start + len(part), len(pairs), "pairs judged for Goodrate")
-
-    read = {q.query_id for q in chosen}
-
-    def good(query: Any, found: Any) -> list[float]:
-        if query.query_id not in read:
-            return [float("nan")]
-        return [verdict[query.query_id, p.product_id] for p in found]
-
-    return good
 
 
 def _true(source: SyntheticSource) -> Any:

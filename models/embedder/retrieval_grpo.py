@@ -261,11 +261,8 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
             ConfigError: not two columns and a place a row.
         """
         columns = list(sentence_features)
-        if labels is None or labels.ndim != 1 or len(columns) != 2:
-            shape = None if labels is None else tuple(labels.shape)
-            got = f"{len(columns)} columns, labels {shape}"
-            what = "columns query and product, and as `label` the row's place in `pairs`"
-            raise ConfigError(explain(got, what, "add the missing column"))
+        what = "columns query and product, and as `label` the row's place in `pairs`"
+        _check_places(columns, labels, 2, what, "add the missing column")
         query_QD, own_QD = self.vectors(columns)
         ref_query_QD, ref_own_QD = self.reference_vectors(columns)
         places_P, product_PD, ref_PD = _gathered(labels, own_QD, ref_own_QD)
@@ -337,11 +334,8 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
             ConfigError: not one column and a place a row.
         """
         columns = list(sentence_features)
-        if labels is None or labels.ndim != 1 or len(columns) != 1:
-            shape = None if labels is None else tuple(labels.shape)
-            got = f"{len(columns)} columns, labels {shape}"
-            what = "a column query, and as `label` the row's place in `queries`"
-            raise ConfigError(explain(got, what, "give the data set these two alone"))
+        what = "a column query, and as `label` the row's place in `queries`"
+        _check_places(columns, labels, 1, what, "give the data set these two alone")
         asked = [self.queries[i] for i in labels.tolist()]
         columns = [features(self._encoder, [q.text for q in asked], "query")]
         (query_QD,), (ref_query_QD,) = self.vectors(columns), self.reference_vectors(columns)
@@ -384,6 +378,15 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
         """The model itself where a trainer has wrapped it."""
         encoder: SentenceTransformer = getattr(self.model, "module", self.model)
         return encoder
+
+
+def _check_places(
+    columns: Sequence[Any], labels: torch.Tensor | None, count: int, what: str, do: str
+) -> None:
+    """Refuse all but `count` columns and one number a row."""
+    if labels is None or labels.ndim != 1 or len(columns) != count:
+        shape = None if labels is None else tuple(labels.shape)
+        raise ConfigError(explain(f"{len(columns)} columns, labels {shape}", what, do))
 
 
 def _columns(model: nn.Module, columns: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:

@@ -46,15 +46,7 @@ def agrees(model: SharedPrefixLM) -> bool:
     Kinds differ by class, config, dtype, device and kind of adapters; a kind is checked once a
     process. A model whose plain log-probs are not finite says nothing and is not remembered.
     """
-    kind = _kind(model)
-    if kind not in _VERDICTS:
-        gap, allowed, why = _compare(model)
-        if math.isnan(gap):
-            return True
-        _VERDICTS[kind] = gap <= allowed
-        if gap > allowed:
-            log.warning(_warning(model, gap, allowed, why))
-    return _VERDICTS[kind]
+    return _verdict(model, decoding=False)
 
 
 def decodes(model: SharedPrefixLM) -> bool:
@@ -62,15 +54,7 @@ def decodes(model: SharedPrefixLM) -> bool:
 
     Asked of a model that `agrees`, and remembered as that is.
     """
-    kind = ("decoding", *_kind(model))
-    if kind not in _VERDICTS:
-        gap, allowed, why = _compare_decoding(model)
-        if math.isnan(gap):
-            return True
-        _VERDICTS[kind] = gap <= allowed
-        if gap > allowed:
-            log.warning(_warning(model, gap, allowed, why, decoding=True))
-    return _VERDICTS[kind]
+    return _verdict(model, decoding=True)
 
 
 def exact_tokens(config: Any) -> float:
@@ -104,6 +88,18 @@ def built_tree(vocab_size: int) -> PromptTree:
         (root, long, run(8, 4), run(9, 2)),
     ]
     return build_tree(paths, pass_tokens=-1)
+
+
+def _verdict(model: SharedPrefixLM, decoding: bool) -> bool:
+    kind = (decoding, *_kind(model))
+    if kind not in _VERDICTS:
+        gap, allowed, why = _compare_decoding(model) if decoding else _compare(model)
+        if math.isnan(gap):
+            return True
+        _VERDICTS[kind] = gap <= allowed
+        if gap > allowed:
+            log.warning(_warning(model, gap, allowed, why, decoding))
+    return _VERDICTS[kind]
 
 
 @torch.no_grad()
@@ -191,9 +187,7 @@ def _kind(model: SharedPrefixLM) -> tuple[Any, ...]:
     return (*kind, first.dtype, first.device.type)
 
 
-def _warning(
-    model: SharedPrefixLM, gap: float, allowed: float, why: str, decoding: bool = False
-) -> str:
+def _warning(model: SharedPrefixLM, gap: float, allowed: float, why: str, decoding: bool) -> str:
     causal_lm = model.causal_lm
     name = getattr(causal_lm, "name_or_path", "") or "unnamed"
     got = why or f"log-probs up to {gap:.2g} from those of the plain forward, allowed {allowed:.0e}"
