@@ -21,6 +21,7 @@ from models.errors import ConfigError, explain
 from models.index.config import RQ_MULTIPLE, IndexConfig, Kind, resolve_kind
 from models.index.facts import FACTS, IndexFacts
 from models.index.lance import TABLE, LanceIndex, connect, open_table
+from models.index.nearest import NearestProducts
 from models.index.recall import check, measure, percentiles
 from models.index.rows import Encode, RowStream, cut, shortened
 from models.store import Store
@@ -83,7 +84,7 @@ def build_index(
     build_s = time.perf_counter() - started
     probes_PD = stream.probes() if queries_QD is None else queries_QD[: config.sample]
     probes_PD = cut(probes_PD, config.dim)
-    facts = measured_facts(table, kind, config, np.asarray(probes_PD, np.float32))
+    facts, _ = measured_facts(table, kind, config, np.asarray(probes_PD, np.float32))
     facts = facts.model_copy(
         update={
             "encoded_rows": stream.encoded,
@@ -144,16 +145,17 @@ def measured_facts(
     trained_rows: int | None = None,
     rows_since: int = 0,
     setting: tuple[int, int] | None = None,
-) -> IndexFacts:
-    """Measure a table that is ready to be searched.
+    known: NearestProducts | None = None,
+) -> tuple[IndexFacts, NearestProducts]:
+    """Measure a table that is ready to be searched; the exact neighbours come with the facts.
 
     trained_rows, rows_since: as in `IndexFacts`; None: trained now, on all rows.
-    setting: as in `measure`.
+    setting, known: as in `measure`.
     """
     started = time.perf_counter()
     rows = int(table.count_rows())
-    found = measure(LanceIndex(table), kind, config, probes_PD, setting)
-    return IndexFacts(
+    found = measure(LanceIndex(table), kind, config, probes_PD, setting, known)
+    facts = IndexFacts(
         kind=kind,
         rows=rows,
         dim=probes_PD.shape[1],
@@ -170,3 +172,4 @@ def measured_facts(
         measure_s=time.perf_counter() - started,
         config=config,
     )
+    return facts, found.nearest

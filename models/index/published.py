@@ -7,6 +7,7 @@ that is replaced by a rename, so a reader sees the old version or the new one, n
     <folder>/products.lance          all versions; unchanged data is shared between them
     <folder>/versions/<n>.json       Publication: what version n holds, how to search it
     <folder>/versions/<n>.npy        its probes
+    <folder>/versions/<n>.parquet    their exact nearest products, for the next refresh
     <folder>/versions/left-<index>   the refreshes an index had when its last version was removed
     <folder>/pending                 the refresh that has begun to write, if any
     <folder>/undo                    the undo that has begun: versions taken back and served, if any
@@ -45,6 +46,7 @@ from models.index.build import index_all, measured_facts
 from models.index.config import RefreshConfig
 from models.index.facts import IndexFacts
 from models.index.lance import TABLE, LanceIndex, connect, open_table
+from models.index.nearest import NearestProducts
 from models.index.recall import check
 from models.types import MetricSink
 
@@ -165,9 +167,9 @@ class PublishedIndex:
             found = self.finished(work)
             if found is None:
                 table = self._copy(LanceIndex.open(source).table, facts)
-                made = measured_facts(table, facts.kind, facts.config, probes_PD)
+                made, nearest = measured_facts(table, facts.kind, facts.config, probes_PD)
                 check(made, facts.rows if expected_rows is None else expected_rows)
-                found = self.record(table, origin, (), work, made, probes_PD)
+                found = self.record(table, origin, (), work, made, probes_PD, nearest)
             self.serve(found, sink)
             return found
 
@@ -281,6 +283,7 @@ class PublishedIndex:
         work: str,
         facts: IndexFacts,
         probes_PD: np.ndarray,
+        nearest: NearestProducts,
     ) -> Publication:
         """Write down the newest version; it is not served yet."""
         before, way_back = self.current(), None
@@ -298,6 +301,7 @@ class PublishedIndex:
             facts=facts,
         )
         np.save(self._path(made.version).with_suffix(".npy"), probes_PD)
+        nearest.write(self._path(made.version).with_suffix(".parquet"))
         replace_text(self._path(made.version), made.model_dump_json(indent=1))
         return made
 
@@ -337,6 +341,11 @@ class PublishedIndex:
         """The probes a version was measured with [P, D]."""
         return np.load(self._path(version).with_suffix(".npy"), allow_pickle=False)
 
+    def nearest(self, version: int) -> NearestProducts:
+        """What is known of the probes' exact neighbours in a version."""
+        path = self._path(version).with_suffix(".parquet")
+        return NearestProducts.read(path, self.probes(version))
+
     # ------------------------------------------------------------ inside
 
     @contextlib.contextmanager
@@ -363,7 +372,7 @@ class PublishedIndex:
         tags = open_table(self.folder).tags
         if f"v{undone}" in tags.list():
             tags.delete(f"v{undone}")
-        for kind in (".json", ".npy"):
+        for kind in (".json", ".npy", ".parquet"):
             self._path(undone).with_suffix(kind).unlink(missing_ok=True)
         self._undo.unlink()
         log.info("the refresh to version %d is undone, version %d is served", undone, before)

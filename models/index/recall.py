@@ -2,7 +2,7 @@
 
 Consumes an index and probe vectors -> produces the smallest nprobes and refine factor whose
 recall@10 passes the gate, or a refusal. The scan reads the table batch by batch, so that a table
-larger than memory can be measured.
+larger than memory can be measured; where the exact neighbours are known, nothing is scanned.
 
 Shapes: P probes, D dim, k results.
 """
@@ -17,9 +17,10 @@ import numpy as np
 
 from models.errors import ConfigError, explain
 from models.index.config import IndexConfig, Kind
-from models.index.exact import exact_top, recall_with_ties
+from models.index.exact import recall_with_ties
 from models.index.facts import IndexFacts, Trial
 from models.index.lance import LanceIndex
+from models.index.nearest import NearestProducts
 
 GATED_K, DEEP_K = 10, 100
 """Recall is gated at 10 results, and told at 100 as well."""
@@ -39,6 +40,8 @@ class Measured:
     times_ms: tuple[float, ...]
     unindexed_rows: int
     trials: tuple[Trial, ...]
+    nearest: NearestProducts
+    """What it was measured against."""
 
 
 def measure(
@@ -47,23 +50,29 @@ def measure(
     config: IndexConfig,
     probes_PD: np.ndarray,
     setting: tuple[int, int] | None = None,
+    known: NearestProducts | None = None,
 ) -> Measured:
     """Find the smallest setting that passes: first the number of partitions, with the most
     refinement, then the refinement. Where none passes, the best one tried is reported.
 
     probes_PD: query vectors; the first `config.sample` are used (of a scan: `SCAN_PROBES`).
-    setting: (nprobes, refine) to measure instead of looking for one; at the gate's depth alone,
-    which is most of a refresh's work.
+    setting: (nprobes, refine) to measure instead of looking for one; at the gate's depth alone.
+    known: the exact neighbours; scanned for where they do not reach deep enough. With them a scan
+    is measured at the gate's depth alone.
     """
     count = config.sample if kind != "exact" else min(config.sample, SCAN_PROBES)
     probes_PD = np.asarray(probes_PD[:count], np.float32)
-    depth = DEEP_K if setting is None else GATED_K
-    ids, scores_PK = exact_top(index.vector_batches(), probes_PD, depth)
+    fast = setting is not None or (kind == "exact" and known is not None)
+    depth = GATED_K if fast else DEEP_K
+    nearest = known
+    if nearest is None or not nearest.reach(len(probes_PD), min(depth, len(index))):
+        nearest = NearestProducts.scan(index.vector_batches(), probes_PD)
+    truth = nearest.ids[: len(probes_PD)], nearest.scores[: len(probes_PD)]
     trials: list[Trial] = []
 
     def recall_of(nprobes: int, refine: int) -> float:
         found, scores = index.with_setting(nprobes, refine).search(probes_PD, GATED_K)
-        recall = recall_with_ties(found, scores, ids, scores_PK, GATED_K)
+        recall = recall_with_ties(found, scores, *truth, GATED_K)
         trials.append(Trial(nprobes=nprobes, refine=refine, recall_at_10=recall))
         return recall
 
@@ -73,16 +82,17 @@ def measure(
     recall_at_100 = None
     if depth == DEEP_K:
         deep, deep_scores = final.search(probes_PD, DEEP_K)
-        recall_at_100 = recall_with_ties(deep, deep_scores, ids, scores_PK, DEEP_K)
+        recall_at_100 = recall_with_ties(deep, deep_scores, *truth, DEEP_K)
     return Measured(
         nprobes=final.nprobes,
         refine=final.refine,
         probes=len(probes_PD),
-        recall_at_10=recall_with_ties(found, scores, ids, scores_PK, GATED_K),
+        recall_at_10=recall_with_ties(found, scores, *truth, GATED_K),
         recall_at_100=recall_at_100,
         times_ms=tuple(times_ms),
         unindexed_rows=index.unindexed_rows(),
         trials=tuple(trials),
+        nearest=nearest,
     )
 
 

@@ -2,6 +2,7 @@
 
 Consumes the published version, changed products and deleted ids -> produces the next version. A row
 whose text did not change keeps its vector; a row in which nothing changed is not written at all.
+What is nearest to the probes is known from before and follows the delta: the gate scans nothing.
 
 An interrupted refresh goes on where it stopped: rows already merged count as unchanged. Anything
 else that was begun and not published is left behind by starting from the published version.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ from models.index.config import RefreshConfig, resolve_kind
 from models.index.facts import IndexFacts
 from models.index.filters import one_of
 from models.index.lance import open_table, vector_index_stats
+from models.index.nearest import NearestProducts
 from models.index.published import Publication, PublishedIndex
 from models.index.recall import check
 from models.index.reuse import Known, known_of, vectors_of
@@ -107,22 +110,24 @@ def refresh(
             table, resumed = _writable(published, base, work)
             rows_before = int(table.count_rows())
             encode = shortened(encoder_of(base.origin.encoder), base.facts.config.dim)
-            _merge(table, delta.products, base.facts, encode, config.batch_size, counts)
-            _delete(table, delta.deleted, counts)
+            probes_PD = published.probes(base.version)
+            # what an interrupted refresh wrote is not followed, so nothing is known after it
+            nearest = NearestProducts(probes_PD) if resumed else published.nearest(base.version)
+            _merge(table, delta.products, base.facts, encode, config.batch_size, counts, nearest)
+            _delete(table, delta.deleted, counts, nearest)
             if not (resumed or counts.written or counts.deleted):
                 published.pending.unlink()
                 log.info("the delta changes nothing: version %d stays", base.version)
                 return base, counts
-            probes_PD = published.probes(base.version)
             # what an interrupted refresh wrote is not in the counts: all of it may have been
             since = base.facts.rows_since + (len(delta.products) if resumed else counts.written)
-            facts = _indexed(table, base.facts, since, config, probes_PD)
+            facts, nearest = _indexed(table, base.facts, since, config, nearest)
             seconds = time.perf_counter() - started - counts.encode_s - facts.measure_s
             spent = {"encode_s": counts.encode_s, "build_s": seconds}
             facts = facts.model_copy(update={"encoded_rows": counts.encoded} | spent)
             check(facts, rows_before + counts.inserted - counts.deleted)
             deltas = (*base.deltas, delta.digest)
-            made = published.record(table, base.origin, deltas, work, facts, probes_PD)
+            made = published.record(table, base.origin, deltas, work, facts, probes_PD, nearest)
         published.serve(made, sink)
     sink.log({f"refresh/{k}": float(v) for k, v in dataclasses.asdict(counts).items()})
     return made, counts
@@ -149,6 +154,7 @@ def _merge(
     encode: Encode,
     size: int,
     counts: RefreshCounts,
+    nearest: NearestProducts,
 ) -> None:
     def timed(texts: Sequence[str]) -> np.ndarray:
         started = time.perf_counter()
@@ -169,6 +175,7 @@ def _merge(
             data = pa.Table.from_batches([record_batch(changed, vectors_ND)])
             merge = table.merge_insert("product_id").when_matched_update_all()
             merge.when_not_matched_insert_all().execute(data)
+            nearest.replace([row["product_id"] for row in changed], vectors_ND)
 
 
 def _stored(table: Table, ids: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Known]]:
@@ -178,7 +185,10 @@ def _stored(table: Table, ids: Sequence[str]) -> tuple[dict[str, dict[str, Any]]
     return {row["product_id"]: row for row in rows}, known_of(found)
 
 
-def _delete(table: Table, ids: Sequence[str], counts: RefreshCounts) -> None:
+def _delete(
+    table: Table, ids: Sequence[str], counts: RefreshCounts, nearest: NearestProducts
+) -> None:
+    nearest.remove(ids)
     remaining = iter(ids)
     while part := list(islice(remaining, 1000)):
         gone = int(table.delete(one_of("product_id", part)).num_deleted_rows)
@@ -191,11 +201,12 @@ def _indexed(
     before: IndexFacts,
     since: int,
     config: RefreshConfig,
-    probes_PD: np.ndarray,
-) -> IndexFacts:
+    nearest: NearestProducts,
+) -> tuple[IndexFacts, NearestProducts]:
     """Compact, take new rows into the indexes, train the vector index anew where it must; measure.
 
-    since: rows written since the vector index was trained.
+    since: rows written since the vector index was trained. nearest: as it is after the delta; what
+    the index was measured against comes back.
 
     Raises:
         ConfigError: no rows are left.
@@ -204,28 +215,27 @@ def _indexed(
     if rows == 0:
         got = "a delta that deletes every product"
         raise ConfigError(explain(got, "some products left", "check the delta"))
-    kind = resolve_kind(before.config.kind, rows)
+    kind, probes_PD = resolve_kind(before.config.kind, rows), nearest.probes_PD
+    measured = partial(measured_facts, table, kind, before.config, known=nearest)
     table.optimize(cleanup_older_than=NEVER)
     stats = vector_index_stats(table)
     if kind == "exact":
         for index in table.list_indices():
             if "vector" in index.columns:
                 table.drop_index(index.name)
-        return measured_facts(table, kind, before.config, probes_PD)
+        return measured(probes_PD)
     worn = since > config.rebuild_share * before.trained_rows
     worn |= stats is None or kind != before.kind or (stats.num_indices or 1) > config.max_parts
     if not worn:
         trained = before.trained_rows, since
-        facts = measured_facts(
-            table, kind, before.config, probes_PD[: config.probes], *trained, _served_with(before)
-        )
+        facts, known = measured(probes_PD[: config.probes], *trained, _served_with(before))
         if facts.recall_at_10 < before.config.min_recall:
-            facts = measured_facts(table, kind, before.config, probes_PD, *trained)
+            facts, known = measured(probes_PD, *trained)
         if facts.recall_at_10 >= before.config.min_recall:
-            return facts
+            return facts, known
         log.info("recall@10 fell to %.3f: training the vector index anew", facts.recall_at_10)
     index_vectors(table, kind)
-    return measured_facts(table, kind, before.config, probes_PD)
+    return measured(probes_PD)
 
 
 def _served_with(facts: IndexFacts) -> tuple[int, int] | None:

@@ -18,9 +18,11 @@ from lancedb.table import LanceTable
 from models.errors import ArtifactError, ConfigError
 from models.index import refresh as module
 from models.index.build import build_index
-from models.index.config import IndexConfig, RefreshConfig
+from models.index.config import IndexConfig, Kind, RefreshConfig
+from models.index.exact import exact_top
 from models.index.filters import Filters
 from models.index.lance import LanceIndex, vector_index_stats
+from models.index.nearest import NearestProducts
 from models.index.published import Origin, PublishedIndex
 from models.index.refresh import RefreshCounts, refresh
 from models.metrics import ListSink, NullSink
@@ -192,9 +194,10 @@ def test_recall_lost_by_a_refresh_is_won_back(
     real = module.measured_facts
 
     def at_first_bad(*args: object, **kw: object) -> object:
-        facts = real(*args, **kw)  # type: ignore[arg-type]
+        facts, nearest = real(*args, **kw)  # type: ignore[arg-type]
         measured.append(facts)
-        return facts.model_copy(update={"recall_at_10": 0.5}) if len(measured) <= bad else facts
+        worse = facts.model_copy(update={"recall_at_10": 0.5})
+        return (worse if len(measured) <= bad else facts), nearest
 
     monkeypatch.setattr(module, "measured_facts", at_first_bad)
     delta = delta_of([replace(before[0], title="new")])
@@ -235,6 +238,7 @@ def test_a_small_delta_costs_a_small_part_of_a_build(
     count(LanceMergeInsertBuilder, "execute", lambda out, builder, data: len(data))
     count(LanceVectorQueryBuilder, "to_arrow", lambda out, *args: 1)
     count(LanceEmptyQueryBuilder, "to_arrow", lambda out, *args: len(out))
+    count(LanceIndex, "vector_batches", lambda out, *args: 1)
     encoder = Encoder()
     changed = [replace(p, title=f"new {p.title}") for p in before[:10]]
     delta = delta_of([*changed, *before[10:20]])
@@ -243,7 +247,56 @@ def test_a_small_delta_costs_a_small_part_of_a_build(
     assert work["execute"] == 10 and work["create_table"] == 0, "rows written"
     assert work["to_arrow"] == 20 + 8, "rows read to be compared, and searches"
     assert work["create_index"] == 0 and made.facts.unindexed_rows == 0
+    assert work["vector_batches"] == 0, "scans of the whole table"
     assert made.facts.rows_since == 10
+
+
+@pytest.mark.parametrize("kind", ["exact", "ivf_flat"])
+def test_the_neighbours_a_gate_measures_against_follow_the_refreshes(
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = catalogue(1000)
+    table = published(tmp_path, before, IndexConfig(kind=kind, sample=10))
+    scans: list[object] = []
+    scan = NearestProducts.scan.__func__  # type: ignore[attr-defined]
+
+    def counted(*args: object) -> object:
+        scans.append(args)
+        return scan(*args)
+
+    monkeypatch.setattr(NearestProducts, "scan", classmethod(counted))
+    for turn, removed in enumerate([2, 2, 100]):
+        known = table.nearest(table.current().version)  # type: ignore[union-attr]
+        near = known.ids[0][:removed]
+        fresh = catalogue(1000 + 200 * (turn + 1))[1000 + 200 * turn :]
+        rows = [replace(p, title=f"{p.title} {turn}") for p in before[:20]] + fresh[: 40 - turn]
+        written = {p.product_id for p in rows}
+        delta = delta_of(rows, [i for i in near if i not in written], name=f"turn {turn}")
+        made, _ = refresh(table, delta, lambda _: Encoder(), RefreshConfig(), NullSink())
+        assert len(scans) == (1 if removed == 100 else 0), "only once too little is known"
+        found, truth = table.nearest(made.version), table.open()
+        exact = exact_top(truth.vector_batches(), found.probes_PD, 100)[0]
+        assert [row[:10] for row in found.ids] == [row[:10] for row in exact[: len(found.ids)]]
+        assert made.facts.recall_at_10 == 1.0
+
+
+def test_an_interrupted_refresh_is_measured_against_a_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it wrote before is not among the neighbours of the version it began with."""
+    before = catalogue(60)
+    table = published(tmp_path, before, IndexConfig(sample=5))
+    delta = delta_of([replace(p, title=f"new {p.title}") for p in before[:40]])
+
+    def crash(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_delete", crash)
+        refresh(table, delta, lambda _: Encoder(), RefreshConfig(), NullSink())
+    made, _ = refresh(table, delta, lambda _: Encoder(), RefreshConfig(), NullSink())
+    found = table.nearest(made.version)
+    assert found.ids == exact_top(table.open().vector_batches(), found.probes_PD, 100)[0]
 
 
 def test_a_catalogue_that_grows_gets_the_index_of_its_size(

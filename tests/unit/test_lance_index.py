@@ -276,7 +276,7 @@ def test_rows_outside_the_index_are_counted_and_gated(tmp_path: Path) -> None:
     rows = [columns(p, 400) for p in late]
     late_vectors = encode([row["text"] for row in rows])
     index.table.add(pa.Table.from_batches([record_batch(rows, late_vectors)]))
-    facts = measured_facts(index.table, "ivf_flat", config, probes)
+    facts, _ = measured_facts(index.table, "ivf_flat", config, probes)
     assert (facts.rows, facts.unindexed_rows) == (630, 30)
     with pytest.raises(ConfigError, match="30 of 630 rows outside"):
         check(facts)

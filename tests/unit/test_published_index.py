@@ -23,6 +23,7 @@ from models.index.build import build_index, measured_facts
 from models.index.config import IndexConfig, RefreshConfig
 from models.index.facts import IndexFacts
 from models.index.lance import open_table
+from models.index.nearest import NearestProducts
 from models.index.published import Origin, Publication, PublishedIndex
 from models.index.refresh import NEVER, refresh
 from models.metrics import ListSink
@@ -374,8 +375,9 @@ def test_a_copy_that_fails_the_gate_is_not_served(
 ) -> None:
     table = publish_all(tmp_path, sources, "a")
 
-    def worse(*args: Any, **kw: Any) -> IndexFacts:
-        return measured_facts(*args, **kw).model_copy(update={"recall_at_10": 0.5})
+    def worse(*args: Any, **kw: Any) -> tuple[IndexFacts, NearestProducts]:
+        facts, nearest = measured_facts(*args, **kw)
+        return facts.model_copy(update={"recall_at_10": 0.5}), nearest
 
     monkeypatch.setattr(module, "measured_facts", worse)
     with pytest.raises(
