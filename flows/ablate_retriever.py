@@ -4,6 +4,9 @@
 
 Consumes a recipe -> produces one table, its markdown and its plot. Every row is made of the stages
 of an ordinary run with other settings, so what such a run has made is taken from the cache.
+
+With a second store that nobody trained on (`Unseen`) the same encoders are measured there too, on
+all of its judged queries: a table more.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.ablate import cross_encoder
-from flows.data import prepare_data
+from flows.data import data_folder, prepare_data
 from flows.embedder import base_encoder
 from flows.judge import JudgeStages
-from flows.recipes import EmbedderConfig, PipelineConfig
+from flows.recipes import DataConfig, EmbedderConfig, PipelineConfig
 from models.embedder.config import (
     ContrastiveConfig,
     HardNegativeConfig,
@@ -29,8 +32,9 @@ from models.embedder.config import (
     RetrievalGRPOConfig,
 )
 from models.errors import ConfigError, explain
-from models.evaluation.retriever_report import COSTS, cell, columns, cost, difference
-from models.sources import SyntheticSource
+from models.evaluation.retriever_report import cell, columns, cost, difference
+from models.sources import SourceConfig, SyntheticSource
+from models.split import SplitConfig
 from tasks.artifacts import ArtifactRef
 from tasks.embedder import (
     RewardsConfig,
@@ -61,10 +65,25 @@ TITLES = {
 }
 """Rows by the name `--rows` takes, in the order of the table. The first nine are the paper's, and
 longer SFT, which tells what R-GRPO's anchor would have added by itself."""
+BRIEF = {
+    "hitrate@100": "Hit 100",
+    "recall@10": "Rec 10",
+    "ndcg@10": "nDCG 10",
+    "goodrate@10": "Good 10",
+    "true_goodrate@10": "true Good",
+    "lexical_overlap@10": "words",
+    "quality@10": "items",
+}
+"""Metrics of the terminal's table: Goodrate by the judge and by the store's truth, word overlap
+with the query, quality of the items."""
 BASELINE = "sft"
 """What rows are compared with, unless told otherwise."""
 UNSEEDED = ("bm25", "base")
 """Rows without anything random: measured once."""
+UNSEEN_NOTE = "a store that no row was trained on, all of its judged queries but a few"
+HELD_OUT = SplitConfig(validation=0.01, test=0.98)
+"""An unseen store's queries: nothing is trained on any of them. A split that is left empty takes
+one query, so all but a few are measured."""
 
 
 class RowPlan(BaseModel):
@@ -131,12 +150,25 @@ _JUDGES: dict[str, Literal["weak", "cross_encoder"]] = {
 }
 
 
+class Unseen(BaseModel):
+    """A store that the rows are measured on and not trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: DataConfig
+    """`split` is not looked at: HELD_OUT is."""
+    folder: str | None = None
+    """Where its files are; None: where the other store's are."""
+
+
 class AblationResult(BaseModel):
-    """The table's artifact and what the stages did."""
+    """The tables' artifacts and what the stages did."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     table: ArtifactRef
+    unseen: ArtifactRef | None
+    """The table of the unseen store, where one was given."""
     reports: list[StageReport]
     run_id: str
 
@@ -147,10 +179,12 @@ def ablate_retriever(
     seeds: Sequence[int] = (0, 1, 2),
     rows: Sequence[str] = tuple(TITLES),
     against: str = BASELINE,
+    unseen: Unseen | None = None,
 ) -> AblationResult:
     """Train and measure every row for every seed of the retriever; the judge's seed stays.
 
-    against: the row that the others are compared with, query by query.
+    against: the row that the others are compared with, query by query. unseen: another store whose
+    queries the same encoders answer; the judge was not validated there and says nothing on it.
 
     Raises:
         ConfigError: an unknown row, no row or seed at all, or `against` is none of the rows.
@@ -167,13 +201,21 @@ def ablate_retriever(
     with pipeline(f"ablate-retriever {config.name}", experiment=config.name) as current:
         store = prepare_data(config.data)
         lab = _Lab(config, store, names)
-        measured: dict[str, list[ArtifactRef]] = {}
+        benches = {"": _Bench(config.embedder, store, config.data.source, lab.judges.get("full"))}
+        if unseen is not None:
+            benches["unseen"] = _unseen_bench(config.embedder, unseen)
+        measured: dict[str, dict[str, list[ArtifactRef]]] = {bench: {} for bench in benches}
         trained: dict[str, list[ArtifactRef]] = {}
         for name in names:
             own = seeds[:1] if name in UNSEEDED else seeds
-            made = [lab.row(row_plan(name, config.embedder, seed), seed) for seed in own]
-            measured[TITLES[name]] = [row for row, _ in made]
+            plans = [row_plan(name, config.embedder, seed) for seed in own]
+            made = [lab.trained(plan) for plan in plans]
             trained[TITLES[name]] = [ref for _, stages in made for ref in stages]
+            for bench, rows_of in measured.items():
+                rows_of[TITLES[name]] = [
+                    benches[bench].row(plan.channel, encoder, seed)
+                    for plan, (encoder, _), seed in zip(plans, made, own, strict=True)
+                ]
         notes = [f"seeds of the retriever: {', '.join(map(str, seeds))}; the judge has one"]
         if config.embedder.evaluation.judged_queries:
             notes.append("Goodrate is read by the finished judge, the reward of most R-GRPO rows")
@@ -186,14 +228,25 @@ def ablate_retriever(
             )
         if "rgrpo_no_sft" in names:
             notes.append("R-GRPO without SFT has no InfoNCE anchor either")
-        table = retriever_ablation(
-            rows=measured, trained=trained, against=TITLES[against], notes=notes
-        )
-    return AblationResult(table=table, reports=current.reports, run_id=current.run_id)
+        tables = {
+            bench: retriever_ablation(
+                rows=rows_of,
+                trained=trained,
+                against=TITLES[against],
+                notes=notes if bench == "" else [UNSEEN_NOTE, *notes],
+            )
+            for bench, rows_of in measured.items()
+        }
+    return AblationResult(
+        table=tables[""],
+        unseen=tables.get("unseen"),
+        reports=current.reports,
+        run_id=current.run_id,
+    )
 
 
 class _Lab:
-    """What the rows share: the store, the base encoder, the judges and the BM25 row."""
+    """What the rows are trained with: the store, the base encoder and the judges."""
 
     def __init__(self, config: PipelineConfig, store: ArtifactRef, names: Sequence[str]) -> None:
         self.config, self.store = config.embedder, store
@@ -201,8 +254,6 @@ class _Lab:
         asked = {p.judge for p in plans} | (
             {"full"} if self.config.evaluation.judged_queries else set()
         )
-        source = config.data.source
-        self.truth = source if isinstance(source, SyntheticSource) else None
         self.base = base_encoder(self.config, store)
         stages = JudgeStages(config.judge, store)
         self.judges: dict[str | None, ArtifactRef] = {}
@@ -212,20 +263,17 @@ class _Lab:
             self.judges["weak"] = stages.calibrated(stages.probed)
         if "cross_encoder" in asked:
             self.judges["cross_encoder"] = cross_encoder(config.ablation.cross_encoder, stages)
-        self.lexical = self._measure("bm25", None, None, 0)
 
-    def row(self, plan: RowPlan, seed: int) -> tuple[ArtifactRef, list[ArtifactRef]]:
-        """The measured row of a plan, and the stages that trained it."""
-        if plan.channel == "bm25":
-            return self.lexical, []
-        if plan.channel == "random":
-            return self._measure("random", None, None, seed), []
+    def trained(self, plan: RowPlan) -> tuple[ArtifactRef | None, list[ArtifactRef]]:
+        """The encoder of a plan and the stages that trained it; None for a row without one."""
+        if plan.channel != "encoder":
+            return None, []
         encoder, stages = self.base, []
         if plan.sft is not None:
             encoder = embedder_sft(config=plan.sft, base=self.base, store=self.store)
             stages.append(encoder)
         if plan.hard is not None:
-            index = self._index(encoder)
+            index = index_catalogue(config=self.config.index, encoder=encoder, store=self.store)
             negatives = embedder_negatives(
                 config=plan.mining,
                 encoder=encoder,
@@ -246,39 +294,65 @@ class _Lab:
                 store=self.store,
             )
             stages.append(encoder)
-        return self._measure("encoder", encoder, self._index(encoder), 0), stages
+        return encoder, stages
 
-    def _index(self, encoder: ArtifactRef) -> ArtifactRef:
-        return index_catalogue(config=self.config.index, encoder=encoder, store=self.store)
 
-    def _measure(
-        self, channel: Channel, encoder: ArtifactRef | None, index: ArtifactRef | None, seed: int
-    ) -> ArtifactRef:
+class _Bench:
+    """What the rows are measured on: a store, its BM25 row, and a judge that may be asked there."""
+
+    def __init__(
+        self,
+        config: EmbedderConfig,
+        store: ArtifactRef,
+        source: SourceConfig,
+        judge: ArtifactRef | None,
+    ) -> None:
+        self.config, self.store, self.judge = config, store, judge
+        self.truth = source if isinstance(source, SyntheticSource) else None
+        self.lexical: ArtifactRef | None = None
+        self.lexical = self.row("bm25", None, 0)
+
+    def row(self, channel: Channel, encoder: ArtifactRef | None, seed: int) -> ArtifactRef:
+        """One measured row. seed: of the random channel alone."""
+        if channel == "bm25" and self.lexical is not None:
+            return self.lexical
+        index = None
+        if encoder is not None:
+            index = index_catalogue(config=self.config.index, encoder=encoder, store=self.store)
         return retriever_row(
             config=self.config.evaluation,
             channel=channel,
             store=self.store,
-            seed=seed,
+            seed=seed if channel == "random" else 0,
             encoder=encoder,
             index=index,
-            lexical=None if channel == "bm25" else self.lexical,
-            judge=self.judges.get("full"),
+            lexical=self.lexical,
+            judge=self.judge,
             truth=self.truth,
         )
 
 
+def _unseen_bench(config: EmbedderConfig, unseen: Unseen) -> _Bench:
+    quiet = config.evaluation.model_copy(update={"judged_queries": 0})
+    data = unseen.data.model_copy(update={"split": HELD_OUT})
+    with data_folder(unseen.folder):
+        store = prepare_data(data)
+    return _Bench(config.model_copy(update={"evaluation": quiet}), store, data.source, None)
+
+
 def ablation_table(rows: Sequence[dict[str, Any]], title: str, against: str = BASELINE) -> Table:
-    """The rows of all queries, for a terminal."""
-    overall = [r for r in rows if r["segment"] == "all"]
-    metrics = columns(overall)
-    table = Table(title=title, title_justify="left")
-    table.add_column("row")
-    for name in ("seeds", *metrics, f"nDCG@10 - {TITLES[against]}", *COSTS.values()):
-        table.add_column(name, justify="right")
+    """The rows of all queries under the names `--rows` takes, as many columns as fit a terminal;
+    markdown has all of them."""
+    overall, named = [r for r in rows if r["segment"] == "all"], {v: k for k, v in TITLES.items()}
+    metrics = [name for name in columns(overall) if name in BRIEF]
+    table = Table(title=f"{title}, in percent", title_justify="left")
+    table.add_column("row", no_wrap=True)
+    for name in (*(BRIEF[m] for m in metrics), f"nDCG - {against}", "s", "judge pairs"):
+        table.add_column(name, justify="right", no_wrap=name.startswith("nDCG"))
     for row in overall:
-        cells = [cell(row, m) for m in metrics] + [difference(row)]
-        costs = [cost(row, name) for name in COSTS]
-        table.add_row(*map(escape, [str(row["run"]), f"{row['seeds']:.0f}", *cells, *costs]))
+        cells = [cell(row, m, plain=True) for m in metrics] + [difference(row)]
+        costs = [cost(row, name) for name in ("train_s", "judge_pairs")]
+        table.add_row(*map(escape, [named[str(row["run"])], *cells, *costs]))
     return table
 
 

@@ -124,6 +124,12 @@ def ablate_retriever(
     against: Annotated[
         str, typer.Option(help="The row that others are compared with, query by query.")
     ] = "sft",
+    unseen: Annotated[
+        str | None, typer.Option(help="Measure the same encoders on this store as well.")
+    ] = None,
+    unseen_data: Annotated[
+        Path | None, typer.Option(help="Folder with that store's files. [default: as --data]")
+    ] = None,
 ) -> None:
     """Measure the paper's rows and the rewards' ablations on the held-out queries.
 
@@ -132,6 +138,9 @@ def ablate_retriever(
     ordinary run with the same settings has made are taken from the cache. Safe to interrupt: run it
     again.
 
+    --unseen names a store that no row is trained on: what the encoders do for its queries tells
+    what they learned beyond their own catalogue. The judge has no say there.
+
     Examples:
 
         relearn ablate retriever
@@ -139,6 +148,8 @@ def ablate_retriever(
         relearn ablate retriever --seeds 0 --rows sft,ranking,dpo,rgrpo
 
         relearn ablate retriever --rows sft_longer,rgrpo --against sft_longer
+
+        relearn ablate retriever --store homedepot --data HD --unseen chorus --unseen-data CHORUS
     """
     numbers = _seeds(seeds)
     prepare(home, data)
@@ -149,18 +160,28 @@ def ablate_retriever(
 
     config = make_recipe(recipe, store, changes or [])
     names = [name.strip() for name in rows.split(",") if name.strip()] or list(flow.TITLES)
+    other = None
+    if unseen is not None:
+        files = None if unseen_data is None else str(unseen_data)
+        other = flow.Unseen(data=make_recipe(recipe, unseen).data, folder=files)
+    elif unseen_data is not None:
+        got = f"--unseen-data {unseen_data} without --unseen"
+        raise ConfigError(explain(got, "the store whose files these are", "name it: --unseen"))
     with temporary.answering(server):
-        result = flow.ablate_retriever(config, numbers, names, against)
-    folder = ArtifactStore(settings()).path(result.table)
-    table, text = flow.read_report(folder)
-    console.print(flow.ablation_table(table, f"Retriever ablation, {config.name}", against))
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+        result = flow.ablate_retriever(config, numbers, names, against, other)
+    shown = [(f"Retriever ablation, {config.name}", result.table)]
+    if result.unseen is not None:
+        shown.append((f"{config.name}'s encoders on {unseen}, unseen", result.unseen))
+    for title, ref in shown:
+        folder = ArtifactStore(settings()).path(ref)
+        table, text = flow.read_report(folder)
+        console.print(flow.ablation_table(table, title, against))
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"Table, markdown and plot: {folder}", highlight=False, markup=False, soft_wrap=True
+        )
     made = sum(not r.cached for r in result.reports)
-    console.print(
-        f"{len(result.reports)} stages, {made} made. Table, markdown and plot: {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"{len(result.reports)} stages, {made} made.", highlight=False)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

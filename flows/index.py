@@ -9,8 +9,8 @@ from typing import Any
 
 from prefect import flow, task
 
-from flows.data import prepare_data
-from flows.scheduled import RUN_NAME, Chain, data_folder
+from flows.data import data_folder, prepare_data
+from flows.scheduled import RUN_NAME, Chain
 from models.errors import ConfigError, explain
 from models.index.config import RefreshConfig
 from models.index.published import Publication
@@ -57,7 +57,7 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
     config = chain.config
     _require_published(config.name)
     if delta is None:
-        with data_folder(chain), pipeline(f"refresh {config.name}", config.name) as current:
+        with data_folder(chain.data), pipeline(f"refresh {config.name}", config.name) as current:
             today = prepare_data(config.data)
             return _refreshed(config.name, refresh_to, today, config.refresh, current.run_id)
     folder = Path(delta).expanduser()

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 
 from prefect import flow, task
 
-from flows.data import prepare_data
+from flows.data import data_folder, prepare_data
 from flows.recipes import PipelineConfig
-from flows.scheduled import RUN_NAME, Chain, artifacts_of, data_folder
+from flows.scheduled import RUN_NAME, Chain, artifacts_of
 from models.evaluation.monitor import Report
 from tasks.artifacts import ArtifactRef, ArtifactStore
 from tasks.monitor import (
@@ -68,7 +68,7 @@ def watch(chain: Chain, now: datetime, past: bool = False) -> MonitorResult:
     champions = release_of(config.name, CHAMPION, artifacts=artifacts)
     if champions is None:
         raise nothing_of(config.name, "champion", store=artifacts)
-    with data_folder(chain), pipeline(f"monitor {config.name}", config.name) as current:
+    with data_folder(chain.data), pipeline(f"monitor {config.name}", config.name) as current:
         today = prepare_data(config.data)
         report = _measure(config, today, champions, now, past, artifacts)
         client = artifacts.client

@@ -7,22 +7,18 @@ flow prepares its environment itself: a worker that `relearn up` did not start m
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from prefect import flow
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.data import prepare_data
+from flows.data import data_folder, prepare_data
 from flows.embedder import train_embedder
 from flows.judge import train_judge
 from flows.pipeline import run_pipeline
 from flows.recipes import PipelineConfig, recipe
 from flows.release import ReleaseResult, release
-from models.errors import ArtifactError, ConfigError, explain
+from models.errors import ArtifactError, explain
 from tasks.artifacts import ArtifactStore
 from tasks.embedder import index_catalogue
 from tasks.evaluate import (
@@ -70,7 +66,7 @@ class Chain(BaseModel):
 def retrain(chain: Chain) -> ReleaseResult:
     """Data, judge, retriever, index, evaluation, registration, gate: the whole chain."""
     prepare_environment(settings())
-    with data_folder(chain):
+    with data_folder(chain.data):
         return run_pipeline(chain.config).release
 
 
@@ -80,7 +76,7 @@ def retrain_judge(chain: Chain) -> ReleaseResult:
     prepare_environment(settings())
     config = chain.config
     _champions(config.name, "embedder", "index")  # before the training, not after
-    with data_folder(chain), pipeline(f"retrain-judge {config.name}", config.name):
+    with data_folder(chain.data), pipeline(f"retrain-judge {config.name}", config.name):
         store = prepare_data(config.data)
         made = train_judge(config.judge, store)
         return release(config.name, judge=made, gate=config.gate)
@@ -93,7 +89,7 @@ def retrain_embedder(chain: Chain) -> ReleaseResult:
     config = chain.config
     (judge,) = _champions(config.name, "judge")
     _may_teach(judge, config.gate.min_kappa)
-    with data_folder(chain), pipeline(f"retrain-embedder {config.name}", config.name):
+    with data_folder(chain.data), pipeline(f"retrain-embedder {config.name}", config.name):
         store = prepare_data(config.data)
         made = train_embedder(config.embedder, store, judge.ref)
         return release(config.name, retriever=made, gate=config.gate)
@@ -109,7 +105,7 @@ def evaluate_champion(chain: Chain) -> dict[str, list[dict[str, Any]]]:
     config = chain.config
     champions = _champions(config.name, "judge", "embedder", "index")
     judge, encoder, served = (found.ref for found in champions)
-    with data_folder(chain), pipeline(f"evaluate-champion {config.name}", config.name):
+    with data_folder(chain.data), pipeline(f"evaluate-champion {config.name}", config.name):
         store = prepare_data(config.data)
         # a finished judge carries the prompt that it reads by
         answers = judge_answers(config=config.judge.answers, prompt=judge, judge=judge, store=store)
@@ -167,27 +163,3 @@ def _may_teach(judge: Registered, floor: float) -> None:
                 "train a better judge (retrain-judge), or lower gate.min_kappa",
             )
         )
-
-
-@contextmanager
-def data_folder(chain: Chain) -> Iterator[None]:
-    """`settings()` names the chain's data folder inside: circumstance, so no part of its config.
-
-    Raises:
-        ConfigError: there is no such folder on this machine.
-    """
-    if chain.data is None:
-        yield
-        return
-    folder = Path(chain.data).expanduser()
-    if not folder.is_dir():
-        got = f"data {chain.data} on this machine"
-        raise ConfigError(explain(got, "a folder of source files", "fix the path"))
-    before = os.environ.get("RELEARN_DATA_DIR")
-    os.environ["RELEARN_DATA_DIR"] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        del os.environ["RELEARN_DATA_DIR"]
-        if before is not None:
-            os.environ["RELEARN_DATA_DIR"] = before

@@ -39,8 +39,9 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return sorted(plain, key=lambda n: (stems.index(n.split("@")[0]), int(n.rpartition("@")[2])))
 
 
-def cell(row: Row, metric: str) -> str:
-    """A metric in percent; those of INTERVALS with interval and scatter over seeds; "-" for none.
+def cell(row: Row, metric: str, plain: bool = False) -> str:
+    """A metric in percent; those of INTERVALS with interval and scatter over seeds, unless it is to
+    be plain; "-" for none.
 
     >>> cell({"ndcg@10": 0.25, "ndcg@10_low": 0.2, "ndcg@10_high": 0.3}, "ndcg@10")
     '25.0 [20.0, 30.0]'
@@ -49,9 +50,9 @@ def cell(row: Row, metric: str) -> str:
     if not _number(value):
         return "-"
     shown = f"{100 * float(value):.1f}"  # type: ignore[arg-type]
-    if metric in INTERVALS:
+    if metric in INTERVALS and not plain:
         shown += f" [{100 * row[f'{metric}_low']:.1f}, {100 * row[f'{metric}_high']:.1f}]"
-    if metric in INTERVALS and _number(row.get(f"{metric}_sd")):
+    if metric in INTERVALS and not plain and _number(row.get(f"{metric}_sd")):
         shown += f" sd {100 * row[f'{metric}_sd']:.1f}"
     return shown
 

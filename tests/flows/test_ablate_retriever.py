@@ -11,14 +11,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from flows import ablate_retriever as flow
-from flows.ablate_retriever import TITLES, RowPlan, ablate_retriever, ablation_table, row_plan
+from flows.ablate_retriever import (
+    HELD_OUT,
+    TITLES,
+    RowPlan,
+    Unseen,
+    ablate_retriever,
+    ablation_table,
+    row_plan,
+)
 from models.errors import ConfigError
 from models.evaluation import retriever_rows
 from models.evaluation.retrieval import read_trec_run
 from models.evaluation.retriever_rows import interval, over_seeds, table_rows
+from models.sources import SyntheticSource, load
 from models.sources.synthetic import Oracle
+from models.text import normalise
 from tasks.artifacts import ArtifactRef
 from tasks.retriever_ablation import PLOT, REPORT, RUN, TABLE
 from tasks.stage import Stage
@@ -176,7 +187,8 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
     monkeypatch.setattr(flow, "prepare_data", lambda config: named("validate", "0"))
     ablate_retriever.fn(small_config(), [0, 1], list(TITLES))
     rgrpo = 2 * 7
-    assert Counter(name for name, _ in called) == {
+    counts = Counter(name for name, _ in called)
+    assert counts == {
         "base_model": 2,  # the judge's, and the encoder's, with which a cross-encoder begins too
         "judge_prompt": 1,
         "judge_teacher": 2,
@@ -195,6 +207,43 @@ def test_every_row_is_made_of_its_own_stages_and_shares_the_others(
         "retriever_row": 2 + 1 + 1 + 2 * 2 + 2 * 2 + rgrpo,
         "retriever_ablation": 1,
     }
+    called.clear()
+    other = SyntheticSource(num_products=200, num_queries=30, seed=4)
+    monkeypatch.setattr(
+        flow, "prepare_data", lambda config: named("validate", str(int(config.split == HELD_OUT)))
+    )
+    unseen = Unseen(data=small_config().data.model_copy(update={"source": other}))
+    ablate_retriever.fn(small_config(), [0, 1], list(TITLES), unseen=unseen)
+    twice = {name: 2 * counts[name] for name in ("index", "retriever_row", "retriever_ablation")}
+    # mining reads an index of the store that was trained on
+    assert Counter(name for name, _ in called) == counts | twice
+
+
+def test_an_unseen_store_is_measured_on_all_its_queries_and_trains_nothing(chain: Chain) -> None:
+    other = SyntheticSource(num_products=200, num_queries=30, seed=4)
+    unseen = Unseen(data=small_config().data.model_copy(update={"source": other}))
+    with at_home(chain.home):
+        result = ablate_retriever(small_config(), [0], ["bm25", "base", "rgrpo"], "base", unseen)
+        assert result.unseen is not None
+        rows, text = flow.read_report(chain.artifacts.path(result.unseen))
+    made = Counter(r.ref.name for r in result.reports if not r.cached)
+    assert made["index"] == 2 and made["ingest"] == 1
+    assert not {name for name in made if name.startswith(("embedder", "judge"))}
+    overall = {r["run"]: r for r in rows if r["segment"] == "all"}
+    assert list(overall) == [TITLES[name] for name in ("bm25", "base", "rgrpo")]
+    assert flow.UNSEEN_NOTE in text
+    oracle, runs = Oracle(other), []
+    texts = {normalise(q.text) for q in load(other, None).store.query_by_id.values()}
+    for row in overall.values():
+        assert 26 <= row["n"] <= 29 < 2 + len(texts), "all but the two that a split must have"
+        assert "goodrate@10" not in row, "the judge was validated elsewhere"
+    for report in result.reports:
+        if report.ref.name == "retriever_row":
+            run = read_trec_run(chain.artifacts.path(report.ref) / RUN)
+            if len(run) == overall["BM25"]["n"]:
+                good = [oracle.grade(q, p)[0] >= 3 for q, row in run.items() for p in row[:10]]
+                runs.append(sum(good) / 10 / len(run))
+    assert sorted(runs) == pytest.approx(sorted(r["true_goodrate@10"] for r in overall.values()))
 
 
 def test_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
@@ -253,7 +302,10 @@ def test_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
     assert 0 < overall[TITLES["dpo"]]["mining_s"] < overall[TITLES["dpo"]]["train_s"]
     assert overall[TITLES["rgrpo"]]["mining_s"] == 0
     assert TITLES["dpo"] in text and "seeds of the retriever: 0" in text
-    assert ablation_table(rows, "t").row_count == 4
+    table = ablation_table(rows, "t")
+    assert list(table.columns[0].cells) == ["sft", "dpo", "rgrpo", "rgrpo_cross_encoder"]
+    widths = [Console(width=110).measure(table).maximum, table.row_count]
+    assert widths[0] <= 110 and widths[1] == 4, "it fits a terminal"
     ordinary_rows = read_rows(chain)
     for name, title in (("SFT", TITLES["sft"]), ("SFT + R-GRPO", TITLES["rgrpo"])):
         for metric in ("recall@10", "ndcg@10", "hitrate@100", "goodrate@10", "quality@10"):
