@@ -69,7 +69,7 @@ def embedder_sft(
     )
 
 
-@stage(name="index", kind="index", code_version="3")
+@stage(name="index", kind="index", code_version="4")
 def index_catalogue(
     ctx: StageContext, config: IndexConfig, encoder: ArtifactRef, store: ArtifactRef
 ) -> Mapping[str, float]:
@@ -253,19 +253,24 @@ def judge_cost(relevance: Any) -> dict[str, float]:
 def judge_relevance(
     ctx: StageContext, judge: ArtifactRef, readout: str = "good", weight: float = 1.0
 ) -> Any:
-    """The judge as a reward, its scores cached under the home by the judge's fingerprint.
+    """The judge as a reward, its scores cached under the home by the content of its weights.
 
-    A cross-encoder (the stage `judge_cross_encoder`) is one as well; its tokens are not counted.
+    Its fingerprint would not do: a judge that was deleted and trained again, maybe on another
+    device, keeps it. A cross-encoder (the stage `judge_cross_encoder`) is one as well; its tokens
+    are not counted.
     """
     from models.judge.cross_encoder import CrossEncoder
     from models.judge.scoring import ScoringJudge
+    from models.lm.precision import has_bf16
+    from models.lm.weights import fingerprint
     from models.rewards.relevance import JudgeRelevance, ScoreCache
 
     folder, device = ctx.open(judge), ctx.settings.torch_device
     path = ctx.settings.home / "scores" / f"{judge.fingerprint[:16]}.sqlite"
+    version = f"{fingerprint(folder, whole=True)} bf16 {has_bf16(device)}"
     if judge.name == "judge_cross_encoder":
         small: Any = CrossEncoder(folder, device)
-        return JudgeRelevance(small, ScoreCache(path, judge.fingerprint), readout, weight)  # type: ignore[arg-type]
+        return JudgeRelevance(small, ScoreCache(path, version), readout, weight)  # type: ignore[arg-type]
     model = ScoringJudge.load(folder, device)
-    cache = ScoreCache(path, judge.fingerprint, model.rules_version)
+    cache = ScoreCache(path, version, model.rules_version)
     return JudgeRelevance(model, cache, readout, weight, model.num_tokens)  # type: ignore[arg-type]

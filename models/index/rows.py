@@ -79,7 +79,7 @@ def columns(product: Product, max_text_chars: int) -> dict[str, Any]:
     return {
         "product_id": product.product_id,
         **{name: getattr(product, name) for name in STORED},
-        "attributes": json.dumps(dict(product.attributes), ensure_ascii=False, sort_keys=True),
+        "attributes": json.dumps(dict(product.attributes), ensure_ascii=False),
         "price": product.price,
         "text": text,
         "text_hash": hashlib.sha256(text.encode()).hexdigest()[:32],

@@ -22,6 +22,7 @@ from models.index.recall import check
 from models.index.rows import columns, record_batch
 from models.index.search import search
 from models.metrics import ListSink
+from models.text import product_text
 from models.types import Product
 
 
@@ -211,7 +212,10 @@ def test_stored_products_come_back_whole(tmp_path: Path) -> None:
         "it's", "Lamp number1", "long", "O'Neil", "A > B", {"colour": "rot", "b": "ü"}, 3.5
     )
     build_index(encode, [product], IndexConfig(sample=1), tmp_path, ListSink())
-    assert LanceIndex.open(tmp_path).products(["it's", "x"]) == {"it's": product}
+    found = LanceIndex.open(tmp_path).products(["it's", "x"])
+    assert found == {"it's": product}
+    read = product_text(found["it's"])
+    assert read == product_text(product), "attributes in the order that models were trained on"
 
 
 def test_text_and_hybrid_search(tmp_path: Path) -> None:

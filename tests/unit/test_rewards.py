@@ -20,7 +20,7 @@ from models.schemas import TABLES
 from models.store import Store
 from models.types import Product, Query
 
-SHOE = Product("1", "red shoe", brand="acme", price=40.0)
+SHOE = Product("1", "red shoe", brand="acme", price=40.0, attributes={"size": "8", "sole": "flat"})
 HAT = Product("2", "blue hat")
 Q = Query("q", "red shoes")
 
@@ -85,6 +85,7 @@ def test_the_cache_survives_a_kill_and_counts_hits(tmp_path: Path) -> None:
         {"query": Query("q", "red shoe")},
         {"product": replace(SHOE, price=41.0)},
         {"product": replace(SHOE, attributes={"size": "9"})},
+        {"product": replace(SHOE, attributes=dict(reversed(SHOE.attributes.items())))},
     ],
 )
 def test_every_part_of_the_key_counts(change: dict[str, Any]) -> None:
