@@ -112,14 +112,11 @@ def row_plan(name: str, config: EmbedderConfig, seed: int) -> RowPlan:
         raise ConfigError(explain(f"row {name!r}", f"some of {', '.join(TITLES)}", "fix --rows"))
     if name in ("random", "bm25"):
         return RowPlan(channel="random" if name == "random" else "bm25")
-    config, seeded = config.with_sft_positives(), {"seed": seed}
+    config, seeded = config.in_step(), {"seed": seed}
     sft = config.sft.model_copy(update=seeded)
     if name == "sft_longer":
-        longer = (
-            {"epochs": sft.epochs + 1}
-            if sft.steps is None
-            else {"steps": sft.steps + config.rgrpo.steps}
-        )
+        more = config.rgrpo.steps
+        longer = {"extra_steps": more} if sft.steps is None else {"steps": sft.steps + more}
         return RowPlan(sft=sft.model_copy(update=longer))
     if name in ("base", "sft"):
         return RowPlan(sft=sft if name == "sft" else None)

@@ -38,7 +38,7 @@ def train_embedder(
     config: EmbedderConfig, store: ArtifactRef, judge: ArtifactRef
 ) -> EmbedderResult:
     """Train, index and evaluate the retriever; the judge is its reward."""
-    config = config.with_sft_positives()
+    config = config.in_step()
     base = base_encoder(config, store)
     sft = embedder_sft(config=config.sft, base=base, store=store)
     rgrpo = embedder_rgrpo(

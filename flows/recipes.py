@@ -113,14 +113,16 @@ class EmbedderConfig(_Config):
     index: IndexConfig = IndexConfig()
     evaluation: RetrievalEvalConfig = RetrievalEvalConfig()
 
-    def with_sft_positives(self) -> EmbedderConfig:
-        """Later stages with the positives of SFT: its events or none, and as many pairs."""
+    def in_step(self) -> EmbedderConfig:
+        """Stages after SFT with its positives (its events or none, as many pairs), on vectors of
+        the width that the index serves."""
         events = {"interactions": self.sft.interactions}
-        anchor = events | {"anchor_pairs": self.sft.max_pairs}
+        served = {"dim": self.index.dim}
+        anchor = {"anchor_pairs": self.sft.max_pairs}
         stages = {
-            "rgrpo": self.rgrpo.model_copy(update=anchor),
+            "rgrpo": self.rgrpo.model_copy(update=events | served | anchor),
             "mining": self.mining.model_copy(update=events),
-            "hard": self.hard.model_copy(update=events),
+            "hard": self.hard.model_copy(update=events | served),
         }
         return self.model_copy(update=stages)
 

@@ -28,6 +28,8 @@ class FitConfig(BaseModel):
     """Optimiser steps; None: `epochs` decides."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the pairs, when `steps` is None."""
+    extra_steps: int = Field(default=0, ge=0, exclude_if=lambda n: n == 0)
+    """Steps on top, however many those are. Not in the dump when 0, as `interactions`."""
     batch_size: int = Field(default=32, ge=2)
     """Pairs a step; each is a negative for the others."""
     tau: float = Field(default=0.05, gt=0)
@@ -108,6 +110,9 @@ class HardNegativeConfig(FitConfig):
     """Judgments from this grade on are positives."""
     interactions: Interactions = Field(default=True, exclude_if=_unchanged)
     """As in MiningConfig."""
+    dim: int | None = Field(default=None, ge=1, exclude_if=lambda n: n is None)
+    """Numbers of a vector that the losses see, the first ones; the flows take the index's. None:
+    all."""
     lr: float = Field(default=4e-5, gt=0)
     """Peak learning rate of AdamW, linear decay."""
 
@@ -167,6 +172,9 @@ class RetrievalGRPOConfig(BaseModel):
     anchor_pairs: int | None = Field(default=SFT_PAIRS, ge=2, exclude_if=lambda n: n == SFT_PAIRS)
     """Pairs of the anchor, drawn at random; None: all. The flows take SFT's `max_pairs`, and the
     dump leaves it out like `interactions`."""
+    dim: int | None = Field(default=None, ge=1, exclude_if=lambda n: n is None)
+    """Numbers of a vector that candidates, scores, KL, anchor and watch see, the first ones; the
+    flows take the index's. None: all."""
     std_floor: float = Field(default=1e-3, gt=0)
     """Groups whose reward std is below are skipped."""
     lr: float = Field(default=4e-5, gt=0)

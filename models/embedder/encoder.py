@@ -8,8 +8,9 @@ Shapes: N texts, D dim.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from models.types import Product
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
+    from torch import nn
 
 log = logging.getLogger(__name__)
 Side = Literal["query", "document"]
@@ -112,10 +114,27 @@ def features(encoder: SentenceTransformer, texts: Sequence[str], side: Side) -> 
 
 def embed(encoder: SentenceTransformer, texts: Sequence[str], side: Side) -> torch.Tensor:
     """[N, D] unit vectors of one batch; with gradient where it is on."""
+    return unit_vectors(encoder, features(encoder, texts, side))
+
+
+def unit_vectors(encoder: nn.Module, read: Mapping[str, Any]) -> torch.Tensor:
+    """[N, D] float32 of what `features` made: the first `truncate_dim` numbers, where the encoder
+    has one, at length 1. A trainer may have wrapped the encoder."""
     from torch.nn import functional
 
-    vectors_ND = encoder(features(encoder, texts, side))["sentence_embedding"]
-    return functional.normalize(vectors_ND.float(), dim=-1)
+    vectors_ND = encoder(dict(read))["sentence_embedding"].float()
+    width = getattr(getattr(encoder, "module", encoder), "truncate_dim", None)
+    return functional.normalize(vectors_ND[:, :width], dim=-1)
+
+
+@contextlib.contextmanager
+def whole(encoder: SentenceTransformer) -> Iterator[None]:
+    """The encoder without a `truncate_dim` inside: as it is to be saved."""
+    width, encoder.truncate_dim = encoder.truncate_dim, None
+    try:
+        yield
+    finally:
+        encoder.truncate_dim = width
 
 
 def encode(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.embedder.config import FitConfig
+from models.embedder.encoder import whole
 from models.errors import DivergenceError, explain
 from models.lm import precision
 from models.lm.checkpoints import last_whole_checkpoint
@@ -88,7 +89,8 @@ def fit(
     if not all(bool(p.isfinite().all()) for p in encoder.parameters()):
         raise _diverged(f"weights that are not finite after step {result.global_step}")
     encoder.max_seq_length = limit
-    encoder.eval().save_pretrained(str(out), safe_serialization=True, create_model_card=False)
+    with whole(encoder):
+        encoder.eval().save_pretrained(str(out), safe_serialization=True, create_model_card=False)
     return {"steps": float(result.global_step), "loss": float(result.training_loss)}
 
 
@@ -114,6 +116,7 @@ def _arguments(config: FitConfig, num_pairs: int, scratch: Path, device: str) ->
 
     batch_size = min(config.batch_size, num_pairs)
     steps = config.steps or max(1, math.ceil(config.epochs * (num_pairs // batch_size)))
+    steps += config.extra_steps
     return SentenceTransformerTrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,

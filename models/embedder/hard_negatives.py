@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from models.embedder.config import HardNegativeConfig
-from models.embedder.encoder import encode, encode_products, load_encoder
+from models.embedder.encoder import encode, encode_products, load_encoder, unit_vectors
 from models.embedder.fitting import features, fit
 from models.embedder.pairs import (
     Copies,
@@ -60,10 +59,7 @@ class HardNegativeLoss(nn.Module):
     ) -> torch.Tensor:
         """The loss of one batch."""
         config = self.config
-        q_BD, pos_BD, neg_FD = (
-            functional.normalize(self.model(dict(c))["sentence_embedding"].float(), dim=-1)
-            for c in sentence_features
-        )
+        q_BD, pos_BD, neg_FD = (unit_vectors(self.model, c) for c in sentence_features)
         pos_B = (q_BD * pos_BD).sum(1)
         # products and sums: autocast would make a matrix product bf16
         neg_BH = (q_BD[:, None] * neg_FD.reshape(len(q_BD), -1, q_BD.shape[1])).sum(-1)
@@ -184,6 +180,7 @@ def train_on_hard_negatives(
             )
         )
     encoder = load_encoder(encoder_dir, device)
+    encoder.truncate_dim = config.dim
     return {"pairs": float(len(pairs))} | fit(
         encoder,
         HardNegativeLoss(encoder, config),

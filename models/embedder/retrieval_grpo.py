@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from models.embedder.candidates import CandidatePool, stale_share
 from models.embedder.config import RetrievalGRPOConfig
-from models.embedder.encoder import features
+from models.embedder.encoder import features, unit_vectors
 from models.errors import ConfigError, DivergenceError, explain
 from models.objectives.advantages import group_advantages
 from models.objectives.kl import categorical_kl
@@ -117,19 +117,34 @@ def retrieval_grpo(
     return GroupLoss(loss, metrics)
 
 
+@dataclass(slots=True)
+class _Drawn:
+    """What the first step on a batch saw; further steps on it start from there."""
+
+    read: tuple[torch.Tensor, ...]
+    scores_QK: torch.Tensor
+    chosen_QK: Any
+    steps: int = 1
+
+
 class RetrievalGRPOLoss(nn.Module):
     """Retrieval-GRPO as a sentence-transformers loss [TaoSearchEmb s3.2].
 
-    Dataset columns: query, candidate_1 .. candidate_K, label = the K rewards of the row. One step a
-    batch, so rho is 1 and nothing is clipped; dropout is off in here, as rho and KL ask for.
+    Dataset columns: query, candidate_1 .. candidate_K, label = the K rewards of the row. Dropout is
+    off in here, as rho and KL ask for. With one step a batch rho is 1 and nothing is clipped; with
+    `inner_steps` the batches must come as often in a row (`models.embedder.trainer.repeated`), and
+    candidates and pi_old stay those of the first step. `models.embedder.trainer.RetrievalWatch`
+    logs `last_metrics` and stops a run that collapses.
 
     Args:
         model: the encoder that learns.
         reference: the frozen SFT encoder; None: a copy of `model` as it is now.
         towers: "query" stops the gradient at the candidates.
+        clip_low, clip_high: rho is clipped to [1 - clip_low, 1 + clip_high].
+        inner_steps: optimiser steps on one batch; gradient accumulation would come in between.
 
     Raises:
-        ConfigError: `reference` is `model` itself, which would then be frozen.
+        ConfigError: `reference` is `model` itself, which would then be frozen, or no step a batch.
     """
 
     def __init__(
@@ -141,16 +156,24 @@ class RetrievalGRPOLoss(nn.Module):
         floor: float = 1e-3,
         towers: Literal["both", "query"] = "both",
         advantage: Literal["full", "positive"] = "full",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        inner_steps: int = 1,
     ) -> None:
         super().__init__()
         if reference is model:
             what = "the model that learns as its own reference"
             raise ConfigError(explain(what, "a frozen copy", "leave `reference` out"))
+        if inner_steps < 1:
+            raise ConfigError(explain(f"inner_steps = {inner_steps}", "1 or more", "raise it"))
         self.model = model
         frozen = copy.deepcopy(model) if reference is None else reference
         self._reference = [frozen.eval().requires_grad_(False)]  # a list: not saved, not trained
         self.tau, self.beta, self.floor = tau, beta, floor
         self.towers, self.advantage = towers, advantage
+        self.clip_low, self.clip_high = clip_low, clip_high
+        self.inner_steps = inner_steps
+        self._drawn: _Drawn | None = None
         self.last_metrics: dict[str, float] = {}
 
     def forward(
@@ -159,7 +182,7 @@ class RetrievalGRPOLoss(nn.Module):
         """The loss; the numbers behind it are in `last_metrics`.
 
         Raises:
-            ConfigError: the labels are not [Q, K].
+            ConfigError: the labels are not [Q, K], or not finite.
         """
         columns = list(sentence_features)
         if labels is None or labels.ndim != 2 or labels.shape[1] != len(columns) - 1:
@@ -173,6 +196,7 @@ class RetrievalGRPOLoss(nn.Module):
             )
         query_QD, *candidates = self.vectors(columns)
         ref_query_QD, *ref_candidates = self.reference_vectors(columns)
+        self.drawn(columns, labels)
         return self.objective(
             cosines(query_QD, torch.stack(candidates, dim=1)),
             labels,
@@ -189,23 +213,56 @@ class RetrievalGRPOLoss(nn.Module):
     @torch.no_grad()
     def reference_vectors(self, columns: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
         """The same of the frozen encoder."""
-        return _columns(self._reference[0].to(self.model.device), columns)
+        device = next(self.model.parameters()).device  # a wrapped model has no `device`
+        return _columns(self._reference[0].to(device), columns)
 
     def objective(
         self, scores_QK: torch.Tensor, rewards_QK: torch.Tensor, ref_scores_QK: torch.Tensor
     ) -> torch.Tensor:
-        """`retrieval_grpo` with this module's settings; its numbers are kept in `last_metrics`."""
+        """`retrieval_grpo` with this module's settings; its numbers are kept in `last_metrics`.
+
+        Call `drawn` before: a further step on a batch is measured against the first one's scores.
+
+        Raises:
+            ConfigError: a reward is not finite.
+        """
+        if not rewards_QK.isfinite().all():
+            got = f"{int((~rewards_QK.isfinite()).sum())} rewards that are no finite number"
+            raise ConfigError(explain(got, "a number a candidate", "look at what rewards them"))
+        if self._drawn is not None and self._drawn.scores_QK.numel() == 0:
+            self._drawn.scores_QK = scores_QK.detach()
         out = retrieval_grpo(
             scores_QK,
             rewards_QK,
             ref_scores_QK,
+            None if self._drawn is None else self._drawn.scores_QK,
             tau=self.tau,
             beta=self.beta,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
             floor=self.floor,
             advantage=self.advantage,
         )
         self.last_metrics = out.metrics
         return out.loss
+
+    def drawn(self, columns: Sequence[Mapping[str, Any]], labels: torch.Tensor) -> Any:
+        """The candidates that the first step on this batch chose; None: this is the first."""
+        if self.inner_steps == 1 or not torch.is_grad_enabled():
+            self._drawn = None
+            return None
+        tensors = [v for column in columns for v in column.values() if torch.is_tensor(v)]
+        read, before = (labels, *tensors), self._drawn
+        if before is not None and before.steps < self.inner_steps and _equal(read, before.read):
+            before.steps += 1
+            return before.chosen_QK
+        self._drawn = _Drawn(read, torch.empty(0, device=labels.device), None)
+        return None
+
+    def keep(self, chosen_QK: Any) -> None:
+        """The candidates of further steps on this batch."""
+        if self._drawn is not None:
+            self._drawn.chosen_QK = chosen_QK
 
     def rewarded(
         self,
@@ -249,6 +306,8 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
         **settings: Any,
     ) -> None:
         super().__init__(model, **settings)
+        if k < 2:
+            raise ConfigError(explain(f"k = {k}", "2 candidates or more to compare", "raise k"))
         self.pairs, self.rewards, self.k = pairs, rewards, k
 
     def forward(
@@ -270,9 +329,12 @@ class InBatchRetrievalGRPOLoss(RetrievalGRPOLoss):
         first = {p.product_id: place for place, p in reversed(list(enumerate(products)))}
         distinct = sorted(first.values())
         product_PD, ref_PD = product_PD[distinct], ref_PD[distinct]
-        with torch.autocast(query_QD.device.type, enabled=False):
-            scores_QP = query_QD.detach() @ product_PD.detach().T
-        chosen_QK = scores_QP.topk(min(self.k, len(distinct)), dim=1).indices
+        chosen_QK = self.drawn(columns, labels)
+        if chosen_QK is None:
+            with torch.autocast(query_QD.device.type, enabled=False):
+                scores_QP = query_QD.detach() @ product_PD.detach().T
+            chosen_QK = scores_QP.topk(min(self.k, len(distinct)), dim=1).indices
+            self.keep(chosen_QK)
         queries = [self.pairs[i][0] for i in labels.tolist()]
         shown = [[products[distinct[i]] for i in row] for row in chosen_QK.tolist()]
         return self.rewarded(
@@ -302,7 +364,7 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
         batch_size: products in one forward where the catalogue is embedded.
 
     Raises:
-        ConfigError: fewer products than `k`, or an interval below one batch.
+        ConfigError: fewer products than `k`, an id twice, or an interval below one batch.
     """
 
     def __init__(
@@ -317,10 +379,12 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
         **settings: Any,
     ) -> None:
         super().__init__(model, **settings)
-        if k > len(catalogue) or refresh_every < 1:
-            got = f"k = {k}, {len(catalogue)} products, refresh_every = {refresh_every}"
-            do = "lower k, or refresh every batch or less often"
-            raise ConfigError(explain(got, "k products or more, an interval of 1 or more", do))
+        distinct = len({product.product_id for product in catalogue})
+        if not 2 <= k <= distinct or distinct < len(catalogue) or refresh_every < 1:
+            got = f"k = {k}, {len(catalogue)} products with {distinct} ids, "
+            got += f"refresh_every = {refresh_every}"
+            expected = "2 <= k <= products, each id once, an interval of 1 or more"
+            raise ConfigError(explain(got, expected, "change what is outside of that"))
         self.queries, self.rewards, self.k = queries, rewards, k
         self.pool = CandidatePool(catalogue, batch_size)
         self.refresh_every = refresh_every
@@ -341,7 +405,10 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
         (query_QD,), (ref_query_QD,) = self.vectors(columns), self.reference_vectors(columns)
         vectors_QD = query_QD.detach().cpu().numpy()
         freshness = self._keep_fresh(vectors_QD)
-        rows_QK = self.pool.top_k(vectors_QD, self.k)
+        rows_QK = self.drawn(columns, labels)
+        if rows_QK is None:
+            rows_QK = self.pool.top_k(vectors_QD, self.k)
+            self.keep(rows_QK)
         distinct_U, place = np.unique(rows_QK, return_inverse=True)
         place_QK = torch.from_numpy(place.reshape(rows_QK.shape)).to(query_QD.device)
         texts = [product_text(self.pool.products[i]) for i in distinct_U]
@@ -380,6 +447,14 @@ class IndexRetrievalGRPOLoss(RetrievalGRPOLoss):
         return encoder
 
 
+def _equal(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:
+    """Whether two batches are one: as many tensors, all of them equal."""
+    pairs = zip(these, those, strict=False)
+    return len(these) == len(those) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in pairs
+    )
+
+
 def _check_places(
     columns: Sequence[Any], labels: torch.Tensor | None, count: int, what: str, do: str
 ) -> None:
@@ -394,10 +469,9 @@ def _columns(model: nn.Module, columns: Sequence[Mapping[str, Any]]) -> list[tor
     was_training = model.training
     model.eval()
     try:
-        embedded = [model(dict(c))["sentence_embedding"].float() for c in columns]
+        return [unit_vectors(model, c) for c in columns]
     finally:
         model.train(was_training)
-    return [functional.normalize(vectors_QD, dim=-1) for vectors_QD in embedded]
 
 
 def _gathered(

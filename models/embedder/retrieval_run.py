@@ -24,7 +24,7 @@ from torch import nn
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
 from models.embedder.chunked import CachedTexts, Embed
 from models.embedder.config import RetrievalGRPOConfig
-from models.embedder.encoder import encode, encode_products, load_encoder
+from models.embedder.encoder import encode, encode_products, load_encoder, whole
 from models.embedder.ordering import Order, encoder_order, judged_groups, lead, reward_orders
 from models.embedder.pairs import (
     Copies,
@@ -149,6 +149,7 @@ class Run:
 
     def _load(self, folder: str) -> None:
         self.encoder = load_encoder(folder, self.device)  # in eval mode, and stays there
+        self.encoder.truncate_dim = self.config.dim  # all that follows sees what is served
         self.own_limit = self.encoder.max_seq_length
         if self.config.max_tokens is not None:
             limit = self.own_limit or self.config.max_tokens
@@ -489,7 +490,10 @@ class Run:
         fresh = folder.with_name(folder.name + ".new")
         shutil.rmtree(fresh, ignore_errors=True)
         limit, self.encoder.max_seq_length = self.encoder.max_seq_length, self.own_limit
-        self.encoder.save_pretrained(str(fresh), safe_serialization=True, create_model_card=False)
+        with whole(self.encoder):
+            self.encoder.save_pretrained(
+                str(fresh), safe_serialization=True, create_model_card=False
+            )
         self.encoder.max_seq_length = limit
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)

@@ -414,6 +414,17 @@ def test_training_learns_synonyms_of_unseen_queries(
     assert not list((tmp_path / "out").glob("**/*.bin"))
 
 
+@pytest.mark.parametrize(("steps", "steps_taken"), [(None, 2 * (15 // 8) + 3), (4, 7)])
+def test_extra_steps_come_on_top_of_epochs_or_steps(
+    store: Store, encoder_dir: Path, tmp_path: Path, steps: int | None, steps_taken: int
+) -> None:
+    config = FAST.model_copy(update={"steps": steps, "epochs": 2, "extra_steps": 3})
+    numbers = train_contrastive(
+        str(encoder_dir), store, config, tmp_path / "out", tmp_path / "s", ListSink()
+    )
+    assert numbers["steps"] == steps_taken
+
+
 def top1(folder: Path, store: Store) -> float:
     """Share of test queries ("grey ...") whose first product is of the asked kind."""
     encoder = load_encoder(str(folder))

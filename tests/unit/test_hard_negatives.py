@@ -147,10 +147,14 @@ FAST = HardNegativeConfig(
 )
 
 
+@pytest.mark.parametrize("width", [None, 4])
 @pytest.mark.parametrize("kind", ["infonce", "margin", "dpo"])
-def test_the_module_is_the_loss_of_its_texts(store: Store, encoder_dir: Path, kind: str) -> None:
+def test_the_module_is_the_loss_of_its_texts(
+    store: Store, encoder_dir: Path, kind: str, width: int | None
+) -> None:
     """At the start: DPO is log 2; the others are computed from the cosines of the texts."""
     encoder = load_encoder(str(encoder_dir))
+    encoder.truncate_dim = width
     config = FAST.model_copy(update={"loss": kind, "sft_weight": 0.5})
     pairs = [PositivePair("q-sofa", "acme-sofa", 1.0), PositivePair("q-lamp", "acme-lamp", 1 / 3)]
     collator = HardNegativeCollator(encoder, store, pairs, NEGATIVES, config)
@@ -184,7 +188,7 @@ def test_training_pushes_the_positive_ahead(
     store: Store, encoder_dir: Path, tmp_path: Path, kind: str
 ) -> None:
     sink = ListSink()
-    config = FAST.model_copy(update={"loss": kind, "sft_weight": 0.0})
+    config = FAST.model_copy(update={"loss": kind, "sft_weight": 0.0, "dim": 16})
     numbers = train_on_hard_negatives(
         str(encoder_dir), store, NEGATIVES, config, tmp_path / "out", tmp_path / "s", sink
     )
@@ -202,6 +206,8 @@ def test_training_pushes_the_positive_ahead(
         return float(q @ good - q @ bad)
 
     assert margin(tmp_path / "out") > margin(encoder_dir) + 0.02
+    written, start = load_encoder(str(tmp_path / "out")), load_encoder(str(encoder_dir))
+    assert written.get_embedding_dimension() == start.get_embedding_dimension() > 16
 
 
 def test_queries_without_negatives_are_no_training_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -511,9 +512,11 @@ def test_the_catalogue_loss_says_what_it_needs(
 ) -> None:
     encoder, queries = load_encoder(str(encoder_dir)), train_queries(store)[:2]
     products = list(store.product_by_id.values())[:4]
-    for settings in ({"k": 5}, {"k": 2, "refresh_every": 0}):
+    for settings in ({"k": 5}, {"k": 1}, {"k": 2, "refresh_every": 0}):
         with pytest.raises(ConfigError, match="4 products"):
             IndexRetrievalGRPOLoss(encoder, queries, products, [quality], **settings)
+    with pytest.raises(ConfigError, match="5 products with 4 ids"):
+        IndexRetrievalGRPOLoss(encoder, queries, [*products, products[0]], [quality], k=2)
     loss = IndexRetrievalGRPOLoss(encoder, queries, products, [quality], k=2)
     (column,), places = queries_of(encoder, queries)
     with pytest.raises(ConfigError, match="row's place"):
@@ -552,6 +555,123 @@ def test_loss_module_refuses_labels_of_another_shape(encoder_dir: Path) -> None:
     encoder = load_encoder(str(encoder_dir))
     with pytest.raises(ConfigError, match="candidate column"):
         RetrievalGRPOLoss(encoder)(dataset_batch(encoder), torch.ones(2))
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match="1 rewards that are no finite number"):
+            RetrievalGRPOLoss(encoder)(
+                dataset_batch(encoder), torch.tensor([[1.0, 0.0], [wrong, 0.9]])
+            )
+
+
+def test_loss_modules_work_in_the_wrapping_of_several_devices(encoder_dir: Path) -> None:
+    """DataParallel has no `device`, and passes no `truncate_dim` on."""
+    encoder = load_encoder(str(encoder_dir))
+    encoder.truncate_dim = 4
+    loss = RetrievalGRPOLoss(encoder)
+    rewards = torch.tensor([[1.0, 0.0], [0.2, 0.9]])
+    plain = loss(dataset_batch(encoder), rewards).item()
+    metrics = loss.last_metrics
+    loss.model = torch.nn.DataParallel(encoder)
+    assert loss(dataset_batch(encoder), rewards).item() == pytest.approx(plain, abs=1e-6)
+    assert loss.last_metrics["entropy"] == pytest.approx(metrics["entropy"], abs=1e-5)
+
+
+def moved(encoder: Any, loss: torch.Tensor, lr: float = 0.5) -> None:
+    """A large step of plain gradient descent."""
+    encoder.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.grad is not None:
+                parameter -= lr * parameter.grad
+
+
+def test_further_steps_on_a_batch_are_measured_against_its_first(encoder_dir: Path) -> None:
+    encoder = load_encoder(str(encoder_dir))
+    loss = RetrievalGRPOLoss(encoder, tau=TAU, beta=0.3, clip_low=0.1, inner_steps=3)
+    rewards = torch.tensor([[1.0, 0.0], [0.2, 0.9]])
+
+    def scores() -> torch.Tensor:
+        q, a, b = (
+            torch.from_numpy(encode(encoder, t))
+            for t in (["sofa new", "lamp new"], ["acme sofa", "acme lamp"], ["zed rug", "zed lamp"])
+        )
+        return torch.stack([(q * a).sum(1), (q * b).sum(1)], 1)
+
+    first, ratios = (start := scores()), []
+    for step in range(7):
+        if step % 3 == 0:
+            first = scores()
+        want = retrieval_grpo(scores(), rewards, start, first, TAU, 0.3, clip_low=0.1)
+        got = loss(dataset_batch(encoder), rewards)
+        assert got.item() == pytest.approx(want.loss.item(), abs=1e-4), step
+        assert loss.last_metrics["clip_ratio"] == want.metrics["clip_ratio"]
+        ratios.append(loss.last_metrics["clip_ratio"])
+        moved(encoder, got)
+    assert ratios[::3] == [0, 0, 0] and max(ratios) > 0
+    with torch.no_grad():
+        loss(dataset_batch(encoder), rewards)
+    assert loss.last_metrics["clip_ratio"] == 0, "an evaluation has no first step"
+    loss(dataset_batch(encoder), rewards)
+    loss(dataset_batch(encoder), rewards.flip(1))
+    assert loss.last_metrics["clip_ratio"] == 0, "another batch is a first step"
+    with pytest.raises(ConfigError, match="inner_steps = 0"):
+        RetrievalGRPOLoss(encoder, inner_steps=0)
+
+
+@pytest.mark.parametrize("kind", ["batch", "catalogue"])
+def test_further_steps_on_a_batch_keep_its_candidates(
+    store: Store, encoder_dir: Path, quality: Quality, kind: str
+) -> None:
+    encoder, queries = load_encoder(str(encoder_dir)), train_queries(store)[:4]
+    products, shown = list(store.product_by_id.values()), []
+
+    class Seen(Quality):
+        def __call__(self, queries: Any, candidates: Any) -> Any:
+            shown.append([[p.product_id for p in row] for row in candidates])
+            return super().__call__(queries, candidates)
+
+    rewards = [Seen(quality.levels)]
+    if kind == "batch":
+        pairs = list(zip(queries, products[:4], strict=True))
+        batch = batch_of(encoder, pairs)
+        loss: Any = InBatchRetrievalGRPOLoss(encoder, pairs, rewards, k=2, inner_steps=2)
+    else:
+        batch = queries_of(encoder, queries)
+        loss = IndexRetrievalGRPOLoss(
+            encoder, queries, products, rewards, k=2, refresh_every=1, inner_steps=2
+        )
+    words = encoder[0].auto_model.embeddings.word_embeddings.weight
+    for _ in range(3):
+        loss(*batch)
+        with torch.no_grad():
+            words += torch.randn(words.shape, generator=torch.Generator().manual_seed(len(shown)))
+    assert shown[0] == shown[1] != shown[2]
+
+
+def test_every_part_of_a_run_sees_the_width_that_is_served(
+    store: Store, encoder_dir: Path, quality: Quality, tmp_path: Path
+) -> None:
+    """Trap: an index of 4 numbers, and candidates, scores and a watch of all."""
+    config, out = FAST.model_copy(update={"dim": 4, "inner_steps": 2}), tmp_path / "out"
+    run = Run(str(encoder_dir), store, [quality], config, tmp_path / "s", ListSink(), "cpu")
+    run._start()
+    assert run.pool.vectors_ND.shape[1] == run.ref_queries_QD.shape[1] == 4
+    whole_ND = encode(load_encoder(str(encoder_dir)), [product_text(p) for p in run.pool.products])
+    short_ND = whole_ND[:, :4] / np.linalg.norm(whole_ND[:, :4], axis=1, keepdims=True)
+    assert np.allclose(run.pool.vectors_ND, short_ND, atol=1e-5)
+    batch = run._draw(0)
+    assert batch.old_scores_QK is not None
+    assert torch.allclose(batch.old_scores_QK, batch.ref_scores_QK, atol=1e-5)
+    with torch.no_grad():
+        assert run._anchor_loss(CachedTexts(run.encoder, None).embed).isfinite()
+    numbers = train_retrieval_grpo(
+        str(encoder_dir), store, [quality], config, out, tmp_path / "t", ListSink()
+    )
+    assert numbers["start_val_recall"] == run.watches[0].val_recall
+    written = load_encoder(str(out))
+    assert written.truncate_dim is None and written.get_embedding_dimension() > 4
+    untouched = load_encoder(str(encoder_dir))
+    assert (encode(written, ["x"]).shape) == encode(untouched, ["x"]).shape, "saved whole"
 
 
 def test_loss_module_trains_in_the_library_trainer(encoder_dir: Path, tmp_path: Path) -> None:
