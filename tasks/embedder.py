@@ -76,23 +76,27 @@ def index_catalogue(
     """The whole catalogue in LanceDB, its recall measured on the store's own queries.
 
     Texts that an earlier index of this store holds are not embedded again if its encoder has the
-    same content, whichever run made it: Retrieval-GRPO may keep the SFT encoder; a base stays.
+    same content, whichever run made it: Retrieval-GRPO may keep the SFT encoder; a base stays. Nor
+    are those that an interrupted build of this one had embedded.
     """
+    import hashlib
     import random
 
     from models.embedder.encoder import document_encoder, encode, load_encoder
     from models.index.build import build_index
+    from models.index.reuse import resumable
     from models.store import stream_products, stream_queries
 
     weights = weights_path(ctx, encoder)
-    earlier = _index_of_same_vectors(ctx, weights, config.dim)
+    earlier, mark = _index_of_same_vectors(ctx, weights, config.dim)
+    batches = ctx.scratch / f"vectors-{hashlib.sha256(mark.encode()).hexdigest()[:16]}"
     model = load_encoder(weights, ctx.settings.torch_device)
     folder = ctx.open(store) / "store"
     texts = [query.text for query in stream_queries(folder)]
     probes = random.Random(config.seed).sample(texts, min(config.sample, len(texts)))
     products, total = stream_products(folder)
     facts = build_index(
-        document_encoder(model, bf16=True),
+        resumable(document_encoder(model, bf16=True), batches),
         products,
         config,
         ctx.out,
@@ -112,9 +116,12 @@ def index_catalogue(
     return facts.numbers()
 
 
-def _index_of_same_vectors(ctx: StageContext, weights: str, dim: int | None) -> ArtifactRef | None:
+def _index_of_same_vectors(
+    ctx: StageContext, weights: str, dim: int | None
+) -> tuple[ArtifactRef | None, str]:
     """The newest whole index of this store whose vectors have as many numbers, by an encoder with
-    the content of `weights` on the same kind of device; marks the run, for later ones to find."""
+    the content of `weights` on the same kind of device, and what says so: the run is marked with
+    it, for later ones to find."""
     from models.lm.precision import has_bf16
     from models.lm.weights import fingerprint
 
@@ -125,7 +132,7 @@ def _index_of_same_vectors(ctx: StageContext, weights: str, dim: int | None) -> 
     ctx.store.client.set_tag(ctx.run_id, VECTORS, mark)
     own = (run for run in runs if run.info.experiment_id == ctx.store.experiment_id)
     found = next((run for run in own if not ctx.store.damage(run)), None)
-    return None if found is None else ctx.store.ref(found)
+    return (None if found is None else ctx.store.ref(found)), mark
 
 
 @stage(name="embedder_rgrpo", kind="embedder", code_version="10")

@@ -1,15 +1,18 @@
 """Vectors that exist already: rows whose text an index of the same encoder holds are not embedded.
 
 Consumes rows (see `rows.columns`) and a table -> produces their vectors, from the table where the
-stored text is the same, from the encoder elsewhere. Whether the encoder is the same is the
-caller's to know.
+stored text is the same, from the encoder elsewhere. What a build embeds before it is killed is kept
+beside it, for the build that goes on. Whether the encoder is the same is the caller's to know.
 
 Shapes: N rows, D dim.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,6 +32,26 @@ class Known(NamedTuple):
 
     text_hash: str
     vector_D: np.ndarray
+
+
+def resumable(encode: Encode, folder: Path) -> Encode:
+    """`encode`, but for texts that it was given before, together and in this order: their vectors
+    are in `folder`, a file a batch, written whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def encode_once(texts: Sequence[str]) -> np.ndarray:
+        digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+        kept = folder / f"{digest[:32]}.npy"
+        if kept.is_file():
+            return np.load(kept, allow_pickle=False)
+        vectors_ND = encode(texts)
+        fresh = kept.with_suffix(".new")
+        with fresh.open("wb") as stream:
+            np.save(stream, vectors_ND)
+        fresh.replace(kept)
+        return vectors_ND
+
+    return encode_once
 
 
 def known_vectors(table: Table, ids: Sequence[str]) -> dict[str, Known]:

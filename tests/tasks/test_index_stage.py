@@ -127,3 +127,24 @@ def test_vectors_of_a_harmed_index_or_another_store_are_not_taken(
     (ArtifactStore(current).path(first) / "probes.npy").write_bytes(b"")
     index("sft", run=2)
     assert embedded == TITLES
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(
+    embedded: list[str], current: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying_at_second(texts: Sequence[str]) -> np.ndarray:
+        if len(embedded) > 8:
+            raise KeyboardInterrupt
+        embedded.extend(texts)
+        return vectors("sft", texts)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        patch.setattr("models.embedder.encoder.document_encoder", lambda m, bf16: dying_at_second)
+        index("sft")
+    assert embedded == TITLES[:16], "two batches of eight"
+    embedded.clear()
+    ref = index("sft")
+    assert embedded == TITLES[16:]
+    ids, got_ND = rows(ref, current)
+    assert np.array_equal(got_ND, vectors("sft", [TITLES[int(i[1:])] for i in ids]))
+    assert not list((current.home / "scratch").glob("*/vectors-*"))
