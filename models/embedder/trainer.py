@@ -1,4 +1,4 @@
-"""What sentence-transformers' trainer needs beside a Retrieval-GRPO loss module.
+"""What sentence-transformers' trainer needs beside a loss module of ours [TaoSearchEmb s3.2].
 
     trainer = SentenceTransformerTrainer(..., loss=loss)
     trainer.add_callback(RetrievalWatch(trainer, loss, queries, relevant, catalogue, keep=folder))
