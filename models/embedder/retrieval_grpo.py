@@ -122,8 +122,8 @@ class _Drawn:
     """What the first step on a batch saw; further steps on it start from there."""
 
     read: tuple[torch.Tensor, ...]
-    scores_QK: torch.Tensor
-    chosen_QK: Any
+    scores_QK: torch.Tensor | None = None
+    chosen_QK: Any = None
     steps: int = 1
 
 
@@ -229,7 +229,7 @@ class RetrievalGRPOLoss(nn.Module):
         if not rewards_QK.isfinite().all():
             got = f"{int((~rewards_QK.isfinite()).sum())} rewards that are no finite number"
             raise ConfigError(explain(got, "a number a candidate", "look at what rewards them"))
-        if self._drawn is not None and self._drawn.scores_QK.numel() == 0:
+        if self._drawn is not None and self._drawn.scores_QK is None:
             self._drawn.scores_QK = scores_QK.detach()
         out = retrieval_grpo(
             scores_QK,
@@ -256,7 +256,7 @@ class RetrievalGRPOLoss(nn.Module):
         if before is not None and before.steps < self.inner_steps and _equal(read, before.read):
             before.steps += 1
             return before.chosen_QK
-        self._drawn = _Drawn(read, torch.empty(0, device=labels.device), None)
+        self._drawn = _Drawn(read)
         return None
 
     def keep(self, chosen_QK: Any) -> None:
