@@ -141,6 +141,9 @@ def test_means_over_seeds_and_pooled_metrics_as_arithmetic() -> None:
     assert overall["a"]["ndcg@10_diff"] == pytest.approx(0.1)
     assert "ndcg@10_diff" not in overall["b"] and "ndcg@10_sd" not in overall["b"]
     assert [r["segment"] for r in rows if r["run"] == "a"] == ["all", "general", "negation"]
+    for row in rows:  # no query of negation has an nDCG: that is no difference of 0
+        compared = row["run"] == "a" and row["segment"] != "negation"
+        assert ("ndcg@10_diff" in row, "ndcg@10_diff_p" in row) == (compared, compared)
     with pytest.raises(ValueError, match="hitrate@10 compared query by query"):
         table_rows({"a": [one], "b": [one]}, {"q": "general"}, "b", compared=["hitrate@10"])
 
