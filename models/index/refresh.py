@@ -136,10 +136,11 @@ def refresh(
 def _writable(published: PublishedIndex, base: Publication, work: str) -> tuple[Table, bool]:
     """The newest version, made equal to the published one unless it holds a part of this work."""
     table = open_table(published.folder)
-    if published.pending.is_file() and published.pending.read_text(encoding="utf-8") == work:
+    held = published.held(base.version)
+    begun = published.pending.is_file() and published.pending.read_text(encoding="utf-8") == work
+    if begun and table.version != held:  # else it wrote nothing, and the record there is another's
         log.info("going on with an interrupted refresh")
         return table, True
-    held = published.held(base.version)
     if table.version != held:
         table.checkout(held)
         table.restore()

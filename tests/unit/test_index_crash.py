@@ -20,6 +20,7 @@ from models.index import refresh
 from models.index.build import build_index
 from models.index.config import IndexConfig, RefreshConfig
 from models.index.lance import LanceIndex
+from models.index.nearest import NearestProducts
 from models.index.published import Origin, PublishedIndex
 from models.metrics import ListSink
 from models.schemas import QUARANTINE
@@ -35,6 +36,7 @@ WRITES = {
     "lancedb.merge.LanceMergeInsertBuilder": ["execute"],
     "numpy": ["save"],
     "pathlib.Path": ["unlink", "replace"],
+    "pyarrow.parquet": ["write_table"],
     "shutil": ["rmtree"],
 }
 
@@ -70,6 +72,19 @@ def brands(index: LanceIndex) -> str:
     """One letter a row, sorted."""
     found = index.products([p.product_id for p in products("")])
     return "".join(sorted(p.brand for p in found.values()))
+
+
+def check_neighbours(table: PublishedIndex) -> None:
+    """Of every kept version, what is known of its probes' neighbours is of that version's rows."""
+    for made in table.history():
+        known = table.nearest(made.version)
+        true = NearestProducts.scan(table.open(made.version).vector_batches(), known.probes_PD)
+        assert known.ids, made
+        for row, scores, whole, cosines in zip(
+            known.ids, known.scores, true.ids, true.scores, strict=False
+        ):
+            assert row == whole[: len(row)], made
+            assert scores == pytest.approx(cosines[: len(row)], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +150,7 @@ def test_publish(start: Path, tmp_path: Path) -> None:
         assert brands(table.open()) == "b" * ROWS
         assert [p.origin.fingerprint for p in table.history()][:2] == ["b", "a"]
         assert table.current().facts.unindexed_rows == 0  # type: ignore[union-attr]
+        check_neighbours(table)
     assert happened.count("LanceTable.create_index") == 1 + 1 + 4
     assert {"LanceDBConnection.create_table", "Tags.create", "Tags.delete"} <= {*happened}
 
@@ -156,6 +172,8 @@ def test_refresh(start: Path, tmp_path: Path) -> None:
         # every row of this delta is written after the last training, before the crash or after
         assert made.facts.rows_since == 0 and made.facts.trained_rows == 29
         apply(other, delta("c", 3))
+        check_neighbours(table)
+        check_neighbours(other)
         assert brands(other.open()) == ("a" * 9 + "b" * 17 if moved else "a" * 26) + "c" * 3
     assert happened.count("LanceMergeInsertBuilder.execute") == 3
     assert {"LanceTable.delete", "LanceTable.optimize", "Tags.create"} <= {*happened}
@@ -190,6 +208,8 @@ def test_refresh_whose_rows_join_the_partitions(start: Path, tmp_path: Path) -> 
         apply(other, Delta(tuple(products("e", 2)), (), "e", QUARANTINE.empty_table()))
         rest = "a" * 26 + "d" if moved else "a" * 28
         assert brands(other.open()) == rest + "ee", "nothing of the one that died"
+        check_neighbours(table)
+        check_neighbours(other)
     assert happened.count("LanceMergeInsertBuilder.execute") == 2
 
 
@@ -227,13 +247,58 @@ def test_undo_of_a_refresh(refreshed: Path, tmp_path: Path) -> None:
         table.restore("old")
         assert table.restore("a") == made, "what was undone is not restored"
         assert [p.deltas for p in table.history()] == [("w",), (), ()]
-        assert len([*(table.folder / "versions").iterdir()]) == 3 * 2, "a record, its probes"
+        files = [*(table.folder / "versions").iterdir()]
+        assert len(files) == 3 * 3, "a record, its probes, their neighbours"
+        check_neighbours(table)
         apply(other, delta("y", 1))
         wanted = ("w", "y") if begun else ("w", "x", "y")
         assert other.current().deltas == wanted, happened  # type: ignore[union-attr]
         rest = without_x[:-1] if begun else with_x[:-1]
         assert brands(other.open()) == rest + "y", happened
-    assert happened[2:] == ["Tags.update", "Tags.delete"] + ["Path.unlink"] * 3
+        check_neighbours(other)
+    assert happened[2:] == ["Tags.update", "Tags.delete"] + ["Path.unlink"] * 4
+
+
+def test_a_delta_applied_again_after_an_undo(start: Path, tmp_path: Path) -> None:
+    """Where the first time died between its tag and its end, the undone version's number is used
+    again; nothing of the undone one is."""
+
+    few = Delta(tuple(products("v", 3)), (), "v", QUARANTINE.empty_table())
+
+    def refresh_few(folder: Path) -> None:
+        apply(PublishedIndex(folder / "published", keep=2), few)
+
+    reused = set()
+    for folder, happened, _ in every_crash(start, tmp_path, refresh_few):
+        if "Tags.update" not in happened:
+            continue
+        table = PublishedIndex(folder / "published", keep=2)
+        first = table.current()
+        table.undo_refresh()
+        refresh_few(folder)
+        made = table.current()
+        assert first is not None and made is not None and made.deltas == ("v",)
+        reused.add(made.version == first.version)
+        assert brands(table.open()) == "a" * 27 + "v" * 3
+        check_neighbours(table)
+    assert reused == {True, False}
+
+
+def test_a_delta_that_changes_nothing(refreshed: Path, tmp_path: Path) -> None:
+    """What is served keeps its record, and its way back."""
+    same = Delta(tuple(products("x", 5)), (), "same", QUARANTINE.empty_table())
+
+    def refresh_same(folder: Path) -> None:
+        apply(PublishedIndex(folder / "published", keep=4), same)
+
+    for folder, happened, _ in every_crash(refreshed, tmp_path, refresh_same):
+        table = PublishedIndex(folder / "published", keep=4)
+        before = table.current()
+        refresh_same(folder)
+        assert before is not None and table.current() == before, happened
+        assert not table.pending.exists()
+        assert table.undo_refresh().deltas == ("w",)
+    assert happened == ["Path.replace", "Path.replace", "Path.unlink"]
 
 
 MOVES: dict[str, tuple[Callable[[PublishedIndex], object], str]] = {
