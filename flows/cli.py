@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,10 +17,13 @@ from rich.table import Table
 from flows.cli_ablate import ablate
 from flows.console import Home, StoreName, console, guarded, prepare, say, start_server
 from models.errors import ConfigError, explain
-from models.text import price_text
+from models.text import price_text, terms
 from tasks import temporary
 from tasks.faults import databases_ready, sqlite_file
 from tasks.settings import masked, settings
+
+if TYPE_CHECKING:
+    from models.index.filters import Filters
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -316,8 +319,16 @@ def search(
     query: Annotated[str, typer.Argument(help="What a shopper typed.")],
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Products shown.")] = 10,
     mode: Annotated[str, typer.Option(help="vector, lexical or hybrid.")] = "vector",
-    brand: Annotated[str, typer.Option(help="Only this brand, as the catalogue spells it.")] = "",
-    category: Annotated[str, typer.Option(help="Only below this path, e.g. 'Home > Sofas'.")] = "",
+    brand: Annotated[
+        str, typer.Option(help="Only this brand, as the catalogue spells it; case counts.")
+    ] = "",
+    category: Annotated[
+        str,
+        typer.Option(
+            help="Only this path and everything below it, as the catalogue spells it; case "
+            "counts. E.g. 'Home > Sofas'."
+        ),
+    ] = "",
     min_price: Annotated[float | None, typer.Option(help="Lowest price, inclusive.")] = None,
     max_price: Annotated[float | None, typer.Option(help="Highest price, inclusive.")] = None,
     rerank: Annotated[
@@ -344,9 +355,11 @@ def search(
     from models.index.filters import Filters
 
     _not_blank(query, "QUERY")
-    hits = find_products(
-        store, query, k, mode, Filters(brand, category, min_price, max_price), rerank, tiers
-    )
+    filters = Filters(brand, category, min_price, max_price)
+    hits = find_products(store, query, k, mode, filters, rerank, tiers)
+    if not hits:
+        say(_nothing_found(query, mode, filters))
+        return
     table = Table(title=escape(f"{query}  ({mode})"))
     judged = ("grade", "tier") if tiers else ()
     for column in ("rank", "product", "title", "brand", "price", "score", *judged):
@@ -356,7 +369,26 @@ def search(
         price = "" if product.price is None else price_text(product.price)
         cells = [str(rank), product.product_id, product.title, product.brand, price]
         table.add_row(*map(escape, cells), f"{hit.score:.3f}", *view)
-    console.print(table if hits else "no product passes these filters; a brand is matched exactly")
+    console.print(table)
+
+
+def _nothing_found(query: str, mode: str, filters: Filters) -> str:
+    """Why a search found nothing, by what was asked."""
+    if mode == "lexical" and not terms(query):
+        return f"no words to search for in {query!r}: type some, or ask with --mode vector."
+    names = {"brand": filters.brand, "category": filters.category}
+    names = {name: value for name, value in names.items() if value}
+    bounds = {"min-price": filters.min_price, "max-price": filters.max_price}
+    asked = [f"--{name} {value!r}" for name, value in names.items()]
+    asked += [f"--{name} {price_text(v)}" for name, v in bounds.items() if v is not None]
+    faults = ["has a word of this query"] if mode == "lexical" else []
+    faults += [f"passes {', '.join(asked)}"] if asked else []
+    said = f"no product {' and '.join(faults) or 'found'}"
+    if names:
+        said += f"; case counts, so write {' and '.join(names)} as the catalogue does"
+    elif not asked and mode == "lexical":
+        said += "; --mode hybrid also finds what means the same"
+    return f"{said}."
 
 
 @app.command()

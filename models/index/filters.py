@@ -36,8 +36,9 @@ def one_of(column: str, values: Iterable[str]) -> str:
 class Filters:
     """What every result must satisfy; None and "" ask for nothing.
 
-    brand: exact. min_price, max_price: inclusive; a product without a price satisfies neither.
-    category: a path or the beginning of one, by whole parts ("A > B" holds "A > B > C").
+    brand: exact, case included. min_price, max_price: inclusive; a product without a price
+    satisfies neither. category: a path or the beginning of one, by whole parts ("A > B" holds
+    "A > B > C"), case included.
     """
 
     brand: str = ""
@@ -52,7 +53,8 @@ class Filters:
         brand = 'Acme' AND price <= 20.0
 
         Raises:
-            ConfigError: a price that is no number, or a range that holds nothing.
+            ConfigError: a category without a name, a price that is no number, or a range that holds
+                nothing.
         """
         clauses = []
         if self.brand:
@@ -77,6 +79,10 @@ def _price(value: float | None) -> float | None:
 def _under(category: str) -> str:
     """The category itself, or any path below it: all that sorts between "A > " and "A >!"."""
     path = category_path(category)
+    if not path:
+        expected = "a path with a name in it, e.g. 'Home > Sofas'"
+        do = "name the category, or leave the filter out"
+        raise ConfigError(explain(f"the category {category!r}", expected, do))
     below = path + CATEGORY_SEPARATOR
     after = below[:-1] + chr(ord(below[-1]) + 1)
     return (

@@ -208,6 +208,7 @@ def test_search_filters_and_lets_the_judge_re_rank(relearn: Relearn, chain: Chai
     assert [p for p in store.product_by_id if f" {p} " in text] == []
     refused = relearn("search", "sofa", "--min-price", "9", "--max-price", "3", *tail)
     refused.check_refused("prices from 9 to 3")
+    relearn("search", "sofa", "--category", ">", *tail).check_refused("the category '>'")
 
     with at_home(chain.home):
         plain = find_products("synthetic-smoke", "sofa", 12, "vector")
@@ -215,6 +216,34 @@ def test_search_filters_and_lets_the_judge_re_rank(relearn: Relearn, chain: Chai
     best = sorted(plain, key=lambda hit: -hit.expected_grade)[:5]
     assert [h.product.product_id for h in ranked] == [h.product.product_id for h in best]
     assert [h.product.product_id for h in ranked] != [h.product.product_id for h in plain[:5]]
+
+
+@pytest.mark.parametrize(
+    ("query", "more", "said"),
+    [
+        ("???", "--mode lexical", "no words to search for in '???'"),
+        ("???", "--mode lexical --brand Acme", "no words to search for in '???'"),
+        ("zyx", "--mode lexical", "no product has a word of this query; --mode hybrid"),
+        (
+            "zyx",
+            "--mode lexical --max-price 3",
+            "no product has a word of this query and passes --max-price 3.",
+        ),
+        ("sofa", "--min-price 9000000", "no product passes --min-price 9000000."),
+        (
+            "sofa",
+            "--brand no --category X>Y --max-price 0.5",
+            "no product passes --brand 'no', --category 'X>Y', --max-price 0.5; case counts, so "
+            "write brand and category as the catalogue does.",
+        ),
+    ],
+)
+def test_a_search_that_finds_nothing_says_what_was_asked(
+    relearn: Relearn, chain: Chain, query: str, more: str, said: str
+) -> None:
+    tail = ("--no-tiers", *STORE, "--home", chain.home)
+    text = relearn("search", query, *more.split(), *tail).check()
+    assert said in " ".join(text.split())
 
 
 def test_search_without_tiers_loads_no_judge(

@@ -68,6 +68,13 @@ def test_what_filters_keep(index: LanceIndex, filters: Filters, ids: str) -> Non
     assert kept(index, filters) == ids
 
 
+@pytest.mark.parametrize("empty", [">", " > > ", "  "])
+def test_a_category_without_a_name_is_refused(empty: str) -> None:
+    """It is not the products that have none."""
+    with pytest.raises(ConfigError, match=r"the category '.*a name in it.*do this"):
+        Filters(category=empty).sql()
+
+
 @pytest.mark.parametrize("bad", [Filters(min_price=2, max_price=1), Filters(min_price=math.nan)])
 def test_ranges_that_mean_nothing_are_refused(bad: Filters) -> None:
     with pytest.raises(ConfigError, match="do this"):
