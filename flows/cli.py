@@ -406,8 +406,12 @@ def refresh(
     """Bring the published index up to date with changed products.
 
     Columns as in the products table; a row replaces the product of its id, a true value in an
-    optional column `deleted` removes it. Only changed texts are embedded again. The new version is
-    served once its recall has passed; until then, and after a crash, the old one is.
+    optional column `deleted` removes it. Of several rows of one id the last counts, as in a log of
+    changes; those before it are set aside and counted. Only changed texts are embedded again. The
+    new version is served once its recall has passed; until then, and after a crash, the old one is.
+
+    --set refresh.keep=N says how many versions stay from now on, refresh.rebuild_share and
+    refresh.max_parts when the vector index is trained again; data.source.encoding is of a CSV.
 
     --undo serves the version before again, e.g. after wrong prices; the champions stay.
     """
@@ -430,8 +434,9 @@ def refresh(
     console.print(
         f"version {done['version']}: {done['rows']} products; {done['inserted']} inserted, "
         f"{done['updated']} updated, {done['deleted']} deleted, {done['unchanged']} unchanged, "
-        f"{done['absent']} not there, {done['refused']} refused; {done['encoded']} texts embedded. "
-        f"recall@10 {done['recall_at_10']:.3f}, {done['latency_p50_ms']:.1f} ms a query.",
+        f"{done['absent']} not there, {done['refused']} set aside; "
+        f"{done['encoded']} texts embedded. recall@10 {done['recall_at_10']:.3f}, "
+        f"{done['latency_p50_ms']:.1f} ms a query.",
         highlight=False,
         soft_wrap=True,
     )

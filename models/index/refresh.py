@@ -65,7 +65,8 @@ class RefreshCounts:
     absent: int = 0
     """Deleted, but not there."""
     refused: int = 0
-    """Faulty rows of the delta, or product rows of the catalogue; what is served of them stays."""
+    """Rows of the delta, or product rows of the catalogue, that were set aside: faulty ones, whose
+    product stays as it is served, and those of a delta that a later row replaces."""
     encode_s: float = 0.0
 
     @property
@@ -102,7 +103,7 @@ def refresh(
         counts = RefreshCounts(refused=delta.quarantine.num_rows)
         if counts.refused:
             said = refusals(delta.quarantine)
-            log.warning("rows are refused, what is served of them stays: %s", said)
+            log.warning("rows are set aside, what is served of faulty ones stays: %s", said)
         work = f"refresh {delta.digest} over {base.version}"
         made = published.finished(work)
         if made is None:

@@ -431,6 +431,12 @@ def _quarantine(name: str, raw: pa.Table, reasons: np.ndarray) -> pa.Table:
     return pa.table([pa.array(c, pa.string()) for c in columns], schema=QUARANTINE)
 
 
+def set_aside(name: str, rows: pd.DataFrame, reason: str) -> pa.Table:
+    """Rows of the table `name`, as they were given, as a quarantine with one reason."""
+    raw = pa.table({column: _array(rows[column]) for column in rows.columns})
+    return _quarantine(name, raw, np.full(len(rows), reason, dtype=object))
+
+
 def _clip(value: object) -> object:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")

@@ -2,7 +2,10 @@
 
 Consumes products.{parquet,csv,csv.gz} with the columns of `models/schemas.py` and, optionally, a
 boolean column `deleted` (such a row needs its product_id alone) -> produces a `Delta`. A row
-replaces the product of its id as a whole. Faulty rows are set aside with a reason (`cleaning`).
+replaces the product of its id as a whole. Of several rows of one id the last counts, given or
+deleted, as in a log of changes; those before it are set aside as `replaced_by_later_row`. Faulty
+rows are set aside with a reason as well (`cleaning`). Where the last row of an id is faulty,
+nothing is known of what the product is now, and none of its rows counts.
 """
 
 from __future__ import annotations
@@ -20,19 +23,21 @@ import pyarrow.compute as pc
 from models.errors import DataContractError, explain
 from models.schemas import JUDGMENTS, PRODUCTS, QUERIES
 from models.sources import reading
-from models.sources.cleaning import as_text, check_names, clean
+from models.sources.cleaning import as_text, check_names, clean, set_aside
 from models.store import to_products
 from models.text import composed
 from models.types import Product
 
 DELETED = "deleted"
+REPLACED = "replaced_by_later_row"
+"""Why a row is set aside after which another one of its id follows."""
 WHERE = "put the changed rows as products.parquet, .csv or .csv.gz into one folder"
 _TRUE, _FALSE = {"true", "1", "1.0", "yes", "t", "y"}, {"false", "0", "0.0", "no", "f", "n", ""}
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Products to insert or replace, ids to delete, and the rows that were refused."""
+    """Products to insert or replace, ids to delete, and the rows that were set aside."""
 
     products: tuple[Product, ...]
     deleted: tuple[str, ...]
@@ -45,15 +50,17 @@ def read_delta(folder: Path, encoding: str = "utf-8") -> Delta:
     """Read one delta.
 
     Raises:
-        DataContractError: no file, unreadable, a column is missing, `deleted` is no boolean, or an
-            id is both deleted and given.
+        DataContractError: no file, unreadable, a column is missing, or `deleted` is no boolean.
     """
     wanted = {"products": reading.variants("products", ("parquet", "csv", "csv.gz"))}
     path = reading.require(folder, wanted, WHERE)["products"]
     raw = _read(path, encoding)
-    gone = _gone(raw, path)
-    ids = raw["product_id"].map(_id)
-    deleted = tuple(dict.fromkeys(i for i in ids[gone] if i))
+    gone, ids = _gone(raw, path), raw["product_id"].map(_id)
+    replaced = ids.duplicated(keep="last") & (ids != "")
+    read = [name for name in (*PRODUCTS.names, DELETED) if name in raw]
+    earlier = set_aside("products", raw.loc[replaced, read], REPLACED)
+    raw, gone, ids = raw[~replaced], gone[~replaced], ids[~replaced]
+    deleted = tuple(i for i in ids[gone] if i)
     empty = {"queries": QUERIES.empty_table(), "judgments": JUDGMENTS.empty_table()}
     changed = raw[~gone].drop(columns=[DELETED], errors="ignore")
     if len(changed) and "title" not in changed:
@@ -61,12 +68,9 @@ def read_delta(folder: Path, encoding: str = "utf-8") -> Delta:
     if "title" not in changed:
         changed = changed.assign(title=None)
     good, quarantine = clean({"products": changed, **empty})
-    both = sorted(set(deleted) & set(good["products"]["product_id"].to_pylist()))
-    if both:
-        got = f"{len(both)} ids both deleted and given in {path}, e.g. {both[0]!r}"
-        raise DataContractError(explain(got, "one row an id", "drop one of the two rows"))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Delta(tuple(to_products(good["products"])), deleted, digest, quarantine)
+    products = tuple(to_products(good["products"]))
+    return Delta(products, deleted, digest, pa.concat_tables([earlier, quarantine]))
 
 
 def refused_ids(quarantine: pa.Table) -> set[str]:

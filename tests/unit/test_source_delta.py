@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.errors import DataContractError
-from models.sources.delta import read_delta, refused_ids
+from models.sources.delta import REPLACED, read_delta, refused_ids
 from models.types import Product
 
 
@@ -93,6 +94,41 @@ def test_faulty_rows_are_set_aside(tmp_path: Path) -> None:
     assert sorted(delta.quarantine["reason"].to_pylist()) == ["bad_price", "empty_text"]
 
 
+def test_the_last_row_of_an_id_counts(tmp_path: Path) -> None:
+    """A log of changes: its newest row is its last."""
+    write(
+        tmp_path,
+        product_id=["a", "b", "c", "a", "d", "b", None, "c", "a", "d"],
+        title=["old", "lamp", None, "newer", "good", None, "x", "back", "newest", "faulty"],
+        price=[1, 1, None, 2, 1, None, 1, 3, 4, -1],
+        deleted=[False, False, True, False, False, True, False, False, False, False],
+        note=[[1], [], [], [], [], [], [], [], [], []],
+    )
+    delta = read_delta(tmp_path)
+    assert delta.products == (Product("c", "back", price=3.0), Product("a", "newest", price=4.0))
+    assert delta.deleted == ("b",), "deleted after it was given; c the other way round"
+    rows = delta.quarantine.to_pylist()
+    replaced = [json.loads(row["row"]) for row in rows if row["reason"] == REPLACED]
+    told = [(row["product_id"], row["title"], row["deleted"]) for row in replaced]
+    assert told == [
+        ("a", "old", "false"),
+        ("b", "lamp", "false"),
+        ("c", None, "true"),
+        ("a", "newer", "false"),
+        ("d", "good", "false"),
+    ]
+    reasons = [row["reason"] for row in rows if row["reason"] != REPLACED]
+    assert sorted(reasons) == ["bad_price", "missing_key"], "d stays as it is served"
+
+
+def test_the_last_row_of_an_id_counts_in_csv(tmp_path: Path) -> None:
+    """However the id is written."""
+    (tmp_path / "products.csv").write_text("product_id,title\n 7 ,old\n7,new\n,x\n,y\n")
+    delta = read_delta(tmp_path)
+    assert delta.products == (Product("7", "new"),)
+    assert sorted(delta.quarantine["reason"].to_pylist()) == ["missing_key"] * 2 + [REPLACED]
+
+
 def test_refused_ids_are_those_the_store_would_hold(tmp_path: Path) -> None:
     ids = [7.0, 8.0, None, 9.0]
     folder = write(tmp_path, product_id=ids, title=["x", " ", "no id", "z"], price=[-1, 2, 3, 4])
@@ -116,7 +152,6 @@ def test_the_digest_names_the_content(tmp_path: Path) -> None:
         ({"product_id": ["a"], "title": ["x"], "Deleted": ["true"]}, "rename it to deleted"),
         ({"product_id": ["a"], "title": ["x"], "Price": [1]}, "rename it to price"),
         ({"product_id": ["a"], "title": ["x"], "deleted": ["maybe"]}, "'maybe'"),
-        ({"product_id": ["a", "a"], "title": ["x", "y"], "deleted": [True, False]}, "both deleted"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
