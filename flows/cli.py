@@ -398,6 +398,14 @@ def refresh(
         typer.Option(help="Folder with products.parquet or .csv: changed rows, deleted ids."),
     ] = None,
     store: StoreName = "synthetic",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change one setting, as in `relearn run`: refresh.* or data.source.encoding. "
+            "Repeatable.",
+        ),
+    ] = None,
     undo: Annotated[
         bool, typer.Option("--undo", help="Take the last refresh back instead.")
     ] = False,
@@ -414,11 +422,22 @@ def refresh(
     refresh.max_parts when the vector index is trained again; data.source.encoding is of a CSV.
 
     --undo serves the version before again, e.g. after wrong prices; the champions stay.
+
+    Examples:
+
+        relearn refresh --data DELTA
+
+        relearn refresh --data DELTA --set data.source.encoding=latin-1 --set refresh.keep=10
+
+        relearn refresh --undo
     """
     if (data is None) is not undo:
         got = "both --data and --undo" if undo else "neither --data nor --undo"
         raise ConfigError(explain(got, "one of the two", "give the delta's folder, or --undo"))
     if data is None:
+        if changes:
+            got = f"--undo with --set {changes[0]}"
+            raise ConfigError(explain(got, "--undo alone", "leave --set out: an undo reads none"))
         prepare(home)
         from flows.index import take_back_refresh
 
@@ -426,11 +445,14 @@ def refresh(
         console.print(f"version {served.version} is served again: {served.facts.rows} products")
         return
     prepare(home, data)
+    from flows.recipes import delta_settings
+
+    config, encoding = delta_settings(changes or [])
     server = start_server()
     from flows.index import refresh_published
 
     with temporary.answering(server):
-        done = refresh_published(store)
+        done = refresh_published(store, config, encoding)
     console.print(
         f"version {done['version']}: {done['rows']} products; {done['inserted']} inserted, "
         f"{done['updated']} updated, {done['deleted']} deleted, {done['unchanged']} unchanged, "

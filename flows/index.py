@@ -10,6 +10,7 @@ from typing import Any
 from prefect import flow, task
 
 from flows.data import data_folder, prepare_data
+from flows.recipes import csv_encoding
 from flows.scheduled import RUN_NAME, Chain
 from models.errors import ConfigError, explain
 from models.index.config import RefreshConfig
@@ -25,8 +26,12 @@ Apply = Callable[..., tuple[Any, Any]]
 
 
 @flow(name="refresh", log_prints=False)
-def refresh_published(name: str, config: RefreshConfig | None = None) -> dict[str, Any]:
+def refresh_published(
+    name: str, config: RefreshConfig | None = None, encoding: str = "utf-8"
+) -> dict[str, Any]:
     """Apply the products delta in the data folder to the published index of store `name`.
+
+    encoding: of a CSV.
 
     Returns:
         version, rows, recall_at_10, latency_p50_ms and the counts of `RefreshCounts`.
@@ -35,7 +40,7 @@ def refresh_published(name: str, config: RefreshConfig | None = None) -> dict[st
     if folder is None:
         raise ConfigError(explain("no data folder", "a folder with the delta", "pass --data DIR"))
     with pipeline(f"refresh {name}", experiment=name) as current:
-        return _refreshed(name, refresh, folder, config, current.run_id)
+        return _refreshed(name, refresh, folder, config, current.run_id, encoding=encoding)
 
 
 @flow(name="refresh-index", flow_run_name=RUN_NAME)
@@ -43,9 +48,9 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
     """Bring the published index up to date with changed products.
 
     delta: folder on the machine that runs the flow, with changed rows as products.parquet or .csv;
-    an empty one means that nothing changed. None: the products of today's whole catalogue that the
-    index lacks or holds otherwise, and those that it holds no more, unless these are more than
-    `refresh.max_deleted` of what is served.
+    an empty one means that nothing changed; CSV in `data.source.encoding`. None: the products of
+    today's whole catalogue that the index lacks or holds otherwise, and those that it holds no
+    more, unless these are more than `refresh.max_deleted` of what is served.
 
     Returns:
         as `refresh_published`; of an empty delta folder the version alone.
@@ -68,7 +73,10 @@ def refresh_index(chain: Chain, delta: str | None = None) -> dict[str, Any]:
         if not any(folder.iterdir()):
             current_version = _require_published(config.name)
             return {"version": current_version, "delta": f"{folder} is empty: nothing changed"}
-        return _refreshed(config.name, refresh, folder, config.refresh, current.run_id)
+        encoding = csv_encoding(config.data.source)
+        return _refreshed(
+            config.name, refresh, folder, config.refresh, current.run_id, encoding=encoding
+        )
 
 
 def take_back_refresh(name: str) -> Publication:
@@ -102,14 +110,15 @@ def _require_published(name: str) -> int:
 
 
 def _refreshed(
-    name: str, apply: Apply, source: Any, config: RefreshConfig | None, run_id: str
+    name: str, apply: Apply, source: Any, config: RefreshConfig | None, run_id: str, **how: str
 ) -> dict[str, Any]:
-    """Apply `source` to the index of `name`, with the run's numbers in MLflow."""
+    """Apply `source` to the index of `name`, with the run's numbers in MLflow; `how` it is read."""
     run = task(name="refresh_index", persist_result=False)(apply)
     artifacts = ArtifactStore(settings().model_copy(update={"experiment": name}))
     finish_pending(name, artifacts=artifacts)
     sink = MlflowSink(artifacts.client, run_id)
-    made, counts = run(name, source, config or RefreshConfig(), artifacts=artifacts, sink=sink)
+    config = config or RefreshConfig()
+    made, counts = run(name, source, config, artifacts=artifacts, sink=sink, **how)
     sink.flush()
     facts = made.facts
     return {

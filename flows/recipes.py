@@ -43,7 +43,7 @@ from models.judge.config import (
     SamplesConfig,
     SftConfig,
 )
-from models.sources import SourceConfig, SyntheticSource
+from models.sources import SourceConfig, SyntheticSource, TablesSource
 from models.split import SplitConfig
 from models.teacher.config import TeacherConfig, TemplateTeacher
 from tasks.ablation import JudgeAblationConfig
@@ -142,12 +142,18 @@ class PipelineConfig(_Config):
     monitor: MonitorConfig = MonitorConfig()
     """How far today's data may move from the champions' before something is run."""
     refresh: RefreshConfig = RefreshConfig()
-    """Read by the deployment `refresh-index` alone."""
+    """Read by `relearn refresh` and the deployment `refresh-index` alone."""
 
 
 SMALL_QUERIES = 1200
 """Queries of the synthetic store in `small`: 234 of them are test queries and tell rows of a table
 apart, which the 77 of the source's own 360 do not."""
+
+DELTA_KEYS = (
+    *(f"refresh.{name}" for name in RefreshConfig.model_fields if name != "max_deleted"),
+    "data.source.encoding",
+)
+"""Settings that `relearn refresh` reads."""
 
 
 def _source(store: str) -> Any:
@@ -383,10 +389,40 @@ def with_settings(config: PipelineConfig, changes: Sequence[str]) -> PipelineCon
         return PipelineConfig.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if isinstance(said := first.get("ctx", {}).get("error"), ConfigError):
+            raise said from None
         where = _place(body, first["loc"])
         raise ConfigError(
             explain(f"{where} = {first['input']!r}", first["msg"].lower(), "change --set")
         ) from None
+
+
+def delta_settings(changes: Sequence[str]) -> tuple[RefreshConfig, str]:
+    """How a products delta is applied, and the encoding of its CSV: of `relearn run`'s settings
+    those that `relearn refresh` reads, with `key=value` changes.
+
+    >>> delta_settings(["refresh.keep=5", "data.source.encoding=latin-1"])[1]
+    'latin-1'
+
+    Raises:
+        ConfigError: a key that it does not read, or a value its field refuses.
+    """
+    for change in changes:
+        key = change.partition("=")[0].strip()
+        if key in DELTA_KEYS:
+            continue
+        do = "fix the key, or leave it out"
+        if key == "refresh.max_deleted":
+            do = "leave it out: a delta names what it deletes, so nothing limits it"
+        known = f"what a delta is applied with: one of {', '.join(DELTA_KEYS)}"
+        raise ConfigError(explain(f"--set key {key!r}", known, do))
+    config = with_settings(small("tables"), changes)
+    return config.refresh, csv_encoding(config.data.source)
+
+
+def csv_encoding(source: SourceConfig) -> str:
+    """Encoding of the CSV files of a store's owner; published data sets come without any."""
+    return source.encoding if isinstance(source, TablesSource) else "utf-8"
 
 
 def _value(key: str, text: str) -> Any:

@@ -111,10 +111,13 @@ def refresh(
     folder: Path,
     config: RefreshConfig,
     *,
+    encoding: str = "utf-8",
     artifacts: ArtifactStore | None = None,
     sink: MetricSink | None = None,
 ) -> tuple[Publication, RefreshCounts]:
     """Apply the products delta in `folder` to the published index and serve the result.
+
+    encoding: of a CSV.
 
     Raises:
         ArtifactError: nothing is published, or its encoder is gone. DataContractError: the delta
@@ -125,7 +128,7 @@ def refresh(
     artifacts = artifacts or ArtifactStore(settings())
     if published(store_name, artifacts=artifacts) is None:
         raise _nothing(store_name, artifacts)
-    return _apply(store_name, read_delta(folder), config, artifacts, sink)
+    return _apply(store_name, read_delta(folder, encoding), config, artifacts, sink)
 
 
 def refresh_to(
@@ -205,9 +208,7 @@ def _apply(
 ) -> tuple[Publication, RefreshCounts]:
     from models.index.refresh import refresh as apply
 
-    # the table keeps what somebody configured; promotions and rollbacks go by it too
-    keep = config.keep if "keep" in config.model_fields_set else None
-    table = _table(store_name, artifacts, keep)
+    table = _table(store_name, artifacts, config.keep)  # the table remembers what was asked for
     encoder_of = partial(_lazy_encoder, artifacts)
     return apply(table, delta, encoder_of, config, sink or NullSink())
 

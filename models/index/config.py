@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+from models.errors import ConfigError, explain
 
 Kind = Literal["auto", "exact", "ivf_flat", "ivf_sq", "ivf_rq", "ivf_hnsw_sq", "ivf_pq"]
 EXACT_BELOW = 20_000
@@ -14,6 +17,20 @@ PQ_ROWS = 256
 """Rows a product quantiser is trained on at least: one for each code of 8 bits."""
 RQ_MULTIPLE = 8
 """What IVF_RQ's dimensions must be a multiple of: their bits are packed."""
+KEEP = 3
+"""Published versions kept where nobody asked for another number."""
+
+
+def _ascending(values: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    if not values or values[0] < 1 or any(b <= a for a, b in pairwise(values)):
+        got = f"{info.field_name} = {list(values)}"
+        expected = "one number or more, from 1 up, each larger than the one before"
+        raise ConfigError(explain(got, expected, "write them smallest first, e.g. [1, 4, 16]"))
+    return values
+
+
+Ascending = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+"""Numbers to try in turn until one is large enough."""
 
 
 class IndexConfig(BaseModel):
@@ -31,11 +48,11 @@ class IndexConfig(BaseModel):
     """Gate: share of rows outside the vector index; they are searched by a scan."""
     sample: int = Field(default=200, ge=1)
     """Probes: vectors searched for these measurements."""
-    nprobes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """Numbers of partitions tried, ascending; the first that passes the gate is kept."""
-    refine: tuple[int, ...] = (1, 2, 5, 10, 20)
-    """Multiples of k re-ranked with the full vectors that are tried, ascending. From 1 on the
-    scores are true cosines."""
+    nprobes: Ascending = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    """Numbers of partitions tried, smallest first; the first that passes the gate is kept."""
+    refine: Ascending = (1, 2, 5, 10, 20)
+    """Multiples of k re-ranked with the full vectors that are tried, smallest first. From
+    1 on the scores are true cosines."""
     batch_size: int = Field(default=512, ge=1)
     """Products embedded and written at once."""
     full_text: bool = True
@@ -69,10 +86,10 @@ class RefreshConfig(BaseModel):
     """Share of the served products that a refresh to a whole catalogue may delete; beyond it the
     refresh is refused, since a file that is still being written reads as a shorter one. 1 allows
     all. A delta names what it deletes and is not limited. Ours."""
-    keep: int = Field(default=3, ge=2)
+    keep: int | None = Field(default=None, ge=2)
     """Published versions kept: the current one, the one before, and older ones; beside them the one
-    that a rollback to the index before goes to. From a refresh that sets it on, promotions keep as
-    many."""
+    that a rollback to the index before goes to. From a refresh that sets it on, promotions and
+    later refreshes keep as many. None: as many as before, 3 at first."""
 
 
 def resolve_kind(kind: Kind, num_rows: int) -> Kind:

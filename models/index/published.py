@@ -43,7 +43,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from models.errors import ArtifactError, explain
 from models.files import replace_text
 from models.index.build import index_all, measured_facts
-from models.index.config import RefreshConfig
+from models.index.config import KEEP
 from models.index.facts import IndexFacts
 from models.index.lance import TABLE, LanceIndex, connect, open_table
 from models.index.nearest import NearestProducts
@@ -116,7 +116,7 @@ class PublishedIndex:
         if self._asked is not None:
             return self._asked
         path = self.folder / "keep"
-        return int(path.read_text(encoding="utf-8")) if path.is_file() else RefreshConfig().keep
+        return int(path.read_text(encoding="utf-8")) if path.is_file() else KEEP
 
     def current(self) -> Publication | None:
         """The served version, None when nothing was ever published."""
@@ -249,7 +249,10 @@ class PublishedIndex:
                 current.deltas[:-1],
             ):
                 got = f"version {current.version}; the one before its last refresh is gone"
-                do = "apply a delta with the right rows; refresh.keep says how many versions stay"
+                do = (
+                    "apply a delta with the right rows; how many versions stay from a refresh on "
+                    "says relearn refresh --set refresh.keep=N"
+                )
                 raise ArtifactError(explain(got, "a kept version without that refresh", do))
             replace_text(self._undo, json.dumps([current.version, before.version]))
             self._finish_undo()

@@ -293,11 +293,25 @@ def test_refresh_applies_a_delta_to_what_is_served(
         text = relearn("search", "zyxophone", "--mode", "lexical", *tail).check()
         assert "brand-new" not in text
         relearn("refresh", "--undo", *tail).check_refused("as built")
+        latin = "product_id,title\nkuche,Old\nkuche,Küche zyxophone\n".encode("latin-1")
+        (delta / "products.parquet").unlink()
+        (delta / "products.csv").write_bytes(latin)
+        refused = relearn("refresh", "--data", delta, *tail)
+        refused.check_refused("--set data.source.encoding=latin-1")
+        changes = ("--set", "data.source.encoding=latin-1", "--set", "refresh.keep=6")
+        text = relearn("refresh", "--data", delta, *changes, *tail).check()
+        assert "1 inserted" in text and "1 set aside" in text
+        text = relearn("search", "zyxophone", "--mode", "lexical", *tail).check()
+        assert "Küche zyxophone" in text
+        assert (before / "keep").read_text() == "6"
     finally:
         shutil.rmtree(before)
         kept.rename(before)
     relearn("refresh", *tail).check_refused("neither --data nor --undo")
     relearn("refresh", "--undo", "--data", delta, *tail).check_refused("both --data and --undo")
+    relearn("refresh", "--undo", *changes, *tail).check_refused("--undo with --set data.source")
+    useless = relearn("refresh", "--data", delta, "--set", "judge.dpo.beta=1", *tail)
+    useless.check_refused("'judge.dpo.beta'", "refresh.keep", "data.source.encoding")
     relearn("refresh", "--data", tmp_path / "absent", *tail).check_refused("absent")
     relearn("refresh", "--data", tmp_path, *tail).check_refused("products.parquet")
 

@@ -172,12 +172,16 @@ def test_the_settings_of_a_refresh_come_with_its_chain(
     given = []
     monkeypatch.setattr(index, "_require_published", lambda name: 1)
     monkeypatch.setattr(index, "prepare_data", lambda config: None)
-    monkeypatch.setattr(index, "_refreshed", lambda *values: given.append(values[3]))
+    monkeypatch.setattr(index, "_refreshed", lambda *v, **how: given.append((v[3], how)))
     (tmp_path / "products.csv").write_text("product_id,title\n")
     chain = Chain(changes=("refresh.max_deleted=0.5",))
     for delta in (None, str(tmp_path)):
         refresh_index.fn(chain, delta)
-    assert [config.max_deleted for config in given] == [0.5, 0.5]
+    assert [config.max_deleted for config, _ in given] == [0.5, 0.5]
+    assert given[1][1] == {"encoding": "utf-8"}
+    latin = Chain(store="tables", changes=("data.source.encoding=latin-1",))
+    refresh_index.fn(latin, str(tmp_path))
+    assert given[2][1] == {"encoding": "latin-1"}
 
 
 @pytest.mark.parametrize("flow", [monitor, refresh_index])

@@ -7,8 +7,16 @@ import json
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from flows.recipes import RECIPES, STORES, PipelineConfig, recipe, with_settings
+from flows.recipes import (
+    RECIPES,
+    STORES,
+    PipelineConfig,
+    delta_settings,
+    recipe,
+    with_settings,
+)
 from models.errors import ConfigError
+from models.index.config import IndexConfig, RefreshConfig
 from models.rules.base import load_rules
 
 EVERY = [(name, store) for name in RECIPES for store in STORES]
@@ -140,6 +148,41 @@ def test_a_wrong_change_is_one_clear_error(change: str, said: str) -> None:
         recipe("small", "synthetic", [change])
     text = str(raised.value)
     assert "got " in text and "expected " in text and "do this: " in text
+
+
+@pytest.mark.parametrize("key", ["nprobes", "refine"])
+@pytest.mark.parametrize("value", ["[]", "[0, 1]", "[64, 1]", "[1, 1]"])
+def test_efforts_to_try_are_ascending(key: str, value: str) -> None:
+    """Before the catalogue is embedded; and the smallest that passes is the first."""
+    with pytest.raises(ConfigError, match=r"larger than the one before.*smallest first") as raised:
+        recipe("small", "synthetic", [f"embedder.index.{key}={value}"])
+    assert str(raised.value).startswith(f"got {key} = {value}; expected ")
+    with pytest.raises(ValidationError, match="smallest first"):
+        IndexConfig(**{key: json.loads(value)})
+
+
+def test_a_delta_is_applied_with_settings_of_a_run() -> None:
+    config, encoding = delta_settings(["refresh.keep=7", " data.source.encoding =latin-1"])
+    assert (config.keep, encoding) == (7, "latin-1")
+    assert delta_settings([]) == (RefreshConfig(), "utf-8")
+    assert delta_settings(["refresh.probes=9"])[0].keep is None, "not asked for again"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("refresh.kep=7", r"'refresh\.kep'.*refresh\.keep.*data\.source\.encoding"),
+        ("judge.dpo.beta=0.2", r"'judge\.dpo\.beta'.*what a delta is applied with"),
+        ("data.source.grade_offset=1", r"grade_offset.*what a delta is applied with"),
+        ("refresh.max_deleted=1", "a delta names what it deletes"),
+        ("refresh.keep=1", r"refresh\.keep = 1.*greater than or equal to 2"),
+        ("refresh.keep", "key=value"),
+    ],
+)
+def test_what_no_delta_is_applied_with_is_refused(change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        delta_settings([change])
+    assert "do this: " in str(raised.value)
 
 
 def test_json_may_go_on_in_a_second_line() -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from models.errors import ArtifactError, ConfigError
+from models.errors import ArtifactError, ConfigError, DataContractError
 from models.index.build import build_index
 from models.index.config import IndexConfig, RefreshConfig
 from models.index.published import PublishedIndex
@@ -196,12 +196,27 @@ def test_promotions_keep_as_many_versions_as_refreshes_are_configured_to(
     (tmp_path / "products.csv").write_text("product_id,title\np1,new\n")
     refresh("shop", tmp_path, RefreshConfig(keep=5))
     (tmp_path / "products.csv").write_text("product_id,title\np1,newer\n")
-    refresh("shop", tmp_path, RefreshConfig())  # `relearn refresh` configures nothing
+    # asks for no number; a recipe with its changes comes with every field given
+    other = RefreshConfig.model_validate(RefreshConfig(probes=9).model_dump())
+    refresh("shop", tmp_path, other)
     for mark in "bc":
         serve("shop", made(mark), artifacts=ArtifactStore(current))
     assert len(history("shop")) == 5
     serve("shop", made("d"), artifacts=ArtifactStore(current))
     assert len(history("shop")) == 5
+
+
+def test_a_delta_is_read_in_the_encoding_of_its_store(
+    current: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_lazy_encoder", lambda artifacts, label: encode)
+    publish("shop", made("a"))
+    (tmp_path / "products.csv").write_bytes("product_id,title\np1,Küche\n".encode("latin-1"))
+    with pytest.raises(DataContractError, match=r"data\.source\.encoding=latin-1"):
+        refresh("shop", tmp_path, RefreshConfig())
+    refresh("shop", tmp_path, RefreshConfig(), encoding="latin-1")
+    index, _ = open_published("shop")
+    assert index.products(["p1"])["p1"].title == "Küche"
 
 
 def test_what_cannot_be_served_is_refused(current: Settings, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_an_undo_beyond_what_is_kept_says_what_to_do(tmp_path: Path, sources: Pa
     table = publish_all(tmp_path, sources, "a", keep=1)
     refresh_all(table, "vwx")
     table.undo_refresh()
-    with pytest.raises(ArtifactError, match=r"is gone.*apply a delta.*refresh\.keep"):
+    with pytest.raises(ArtifactError, match=r"is gone.*apply a delta.*refresh --set refresh\.keep"):
         table.undo_refresh()
     assert brands(table) == "a" * 29 + "w" * 30
 
