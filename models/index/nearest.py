@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.files import replace_bytes
 from models.index.exact import exact_top
 
 DEPTH = 100
@@ -79,7 +80,9 @@ class NearestProducts:
         """Keep ids and cosines; the probes are kept by whoever made them."""
         columns = {"ids": (self.ids, pa.string()), "scores": (self.scores, pa.float32())}
         arrays = {name: pa.array(v, pa.list_(kind)) for name, (v, kind) in columns.items()}
-        pq.write_table(pa.table(arrays), path)
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(arrays), sink)
+        replace_bytes(path, sink.getvalue())
 
     @classmethod
     def read(cls, path: Path, probes_PD: np.ndarray) -> NearestProducts:

@@ -28,6 +28,7 @@ open again to see a newer one, and before `keep` further publishes have removed 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import time
@@ -41,7 +42,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import ArtifactError, explain
-from models.files import replace_text
+from models.files import replace_bytes, replace_text
 from models.index.build import index_all, measured_facts
 from models.index.config import KEEP
 from models.index.facts import IndexFacts
@@ -303,7 +304,9 @@ class PublishedIndex:
             made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
             facts=facts,
         )
-        np.save(self._path(made.version).with_suffix(".npy"), probes_PD)
+        probes = io.BytesIO()
+        np.save(probes, probes_PD)
+        replace_bytes(self._path(made.version).with_suffix(".npy"), probes.getvalue())
         nearest.write(self._path(made.version).with_suffix(".parquet"))
         replace_text(self._path(made.version), made.model_dump_json(indent=1))
         return made
