@@ -15,6 +15,7 @@ from models.sources import digest
 from tasks.artifacts import ArtifactRef
 from tasks.ingest import ingest, validate_store
 from tasks.settings import settings
+from tasks.stage import reading_from
 
 
 @flow(name="prepare-data", flow_run_name="data", log_prints=False)
@@ -44,7 +45,8 @@ def data_folder(given: str | Path | None) -> Iterator[None]:
     before = os.environ.get("RELEARN_DATA_DIR")
     os.environ["RELEARN_DATA_DIR"] = str(folder.resolve())
     try:
-        yield
+        with reading_from(folder.resolve()):
+            yield
     finally:
         del os.environ["RELEARN_DATA_DIR"]
         if before is not None:

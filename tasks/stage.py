@@ -713,6 +713,22 @@ def current_settings() -> Settings:
 
 
 @contextlib.contextmanager
+def reading_from(folder: Path) -> Iterator[None]:
+    """Stages that are called inside read their source files in `folder`, though the pipeline is
+    open already; without an open one the environment is what they go by."""
+    outer = _pipeline.get()
+    if outer is None:
+        yield
+        return
+    before = outer.settings
+    outer.settings = before.model_copy(update={"data_dir": folder})
+    try:
+        yield
+    finally:
+        outer.settings = before
+
+
+@contextlib.contextmanager
 def _only_one(store: ArtifactStore, identity: Identity, log: Log) -> Iterator[None]:
     """Hold the lock of a fingerprint; the system releases it when the process dies."""
     lock = FileLock(store.lock_file(identity.fingerprint[:32]))

@@ -6,10 +6,12 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -23,16 +25,17 @@ from flows.ablate_retriever import (
     ablation_table,
     row_plan,
 )
-from flows.recipes import with_settings
+from flows.recipes import DataConfig, with_settings
 from models.errors import ConfigError
 from models.evaluation import retriever_rows
 from models.evaluation.retrieval import read_trec_run
 from models.evaluation.retriever_rows import interval, over_seeds, table_rows
-from models.sources import SyntheticSource, load
+from models.sources import SyntheticSource, TablesSource, load
 from models.sources.synthetic import Oracle
 from models.text import normalise
 from tasks.artifacts import ArtifactRef
 from tasks.retriever_ablation import PLOT, REPORT, RUN, TABLE
+from tasks.settings import settings
 from tasks.stage import Stage
 from tests.flows.conftest import Chain, at_home, small_config
 
@@ -258,6 +261,23 @@ def test_an_unseen_store_is_measured_on_all_its_queries_and_trains_nothing(chain
                 runs.append(sum(good) / 10 / len(run))
     rates = [overall[TITLES[name]]["true_goodrate@10"] for name in ("base", "rgrpo")]
     assert sorted(runs) == pytest.approx(sorted(rates))
+
+
+def test_the_files_of_an_unseen_store_are_read_where_they_are(chain: Chain, tmp_path: Path) -> None:
+    """In the middle of a pipeline that reads another store's, and not after it."""
+    other = load(SyntheticSource(num_products=200, num_queries=30, seed=4), None).store
+    for name in ("products", "queries", "judgments"):
+        pq.write_table(getattr(other, name), tmp_path / f"{name}.parquet")
+    unseen = Unseen(data=DataConfig(source=TablesSource()), folder=str(tmp_path))
+    with at_home(chain.home):
+        result = ablate_retriever(small_config(), [0], ["bm25", "base"], "base", unseen)
+        assert result.unseen is not None and settings().data_dir is None
+        rows, _ = flow.read_report(chain.artifacts.path(result.unseen))
+    assert [r["run"] for r in rows if r["segment"] == "all"] == ["BM25", "base"]
+    assert 26 <= rows[0]["n"] <= 29 and "true_goodrate@10" not in rows[0]
+    gone = Unseen(data=DataConfig(source=TablesSource()), folder=str(tmp_path / "gone"))
+    with at_home(chain.home), pytest.raises(ConfigError, match="gone on this machine"):
+        ablate_retriever(small_config(), [0], ["base"], "base", gone)
 
 
 def test_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
