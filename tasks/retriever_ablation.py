@@ -107,7 +107,7 @@ def _true(source: SyntheticSource) -> Any:
     return good
 
 
-@stage(name="retriever_ablation", kind="report", code_version="3")
+@stage(name="retriever_ablation", kind="report", code_version="4")
 def retriever_ablation(
     ctx: StageContext,
     rows: dict[str, list[ArtifactRef]],

@@ -71,7 +71,8 @@ def cost(row: Row, name: str) -> str:
 
 
 def markdown(rows: Sequence[Row], against: str, notes: Sequence[str]) -> str:
-    """The overall table with intervals and costs, the differences, then one table a segment."""
+    """The overall table with intervals and costs, the differences, then one table a segment with
+    the difference in nDCG."""
     overall = [r for r in rows if r["segment"] == "all"]
     metrics = columns(overall)
     head = ["row", "seeds", *metrics, f"nDCG@10 against {against}", *COSTS.values()]
@@ -95,9 +96,11 @@ def markdown(rows: Sequence[Row], against: str, notes: Sequence[str]) -> str:
             "",
             f"Segment {segment}, {part[0]['n']:.0f} queries",
             "",
-            *_head(["row", *metrics]),
+            *_head(["row", *metrics, f"nDCG@10 against {against}"]),
         ]
-        lines += [_line([str(r["run"]), *(cell(r, m) for m in metrics)]) for r in part]
+        for row in part:
+            cells = [str(row["run"]), *(cell(row, m) for m in metrics)]
+            lines.append(_line([*cells, difference(row)]))
     return "\n".join(lines) + "\n"
 
 

@@ -29,6 +29,7 @@ from flows.recipes import DataConfig, with_settings
 from models.errors import ConfigError
 from models.evaluation import retriever_rows
 from models.evaluation.retrieval import read_trec_run
+from models.evaluation.retriever_report import markdown
 from models.evaluation.retriever_rows import interval, over_seeds, table_rows
 from models.sources import SyntheticSource, TablesSource, load
 from models.sources.synthetic import Oracle
@@ -352,3 +353,22 @@ def read_rows(chain: Chain) -> dict[str, dict[str, Any]]:
 
     folder = chain.artifacts.path(chain.results[0].retriever.evaluation)
     return {r["run"]: r for r in read_table(folder, RETRIEVAL_TABLE) if r["segment"] == "all"}
+
+
+def test_the_report_compares_rows_in_each_segment_too() -> None:
+    texts = {
+        run: {"ndcg@10": {"q": (value, 1.0), "r": (0.5, 1.0)}}
+        for run, value in (("SFT", 0.25), ("R-GRPO", 0.75))
+    }
+    rows = table_rows(
+        {run: [parts] for run, parts in texts.items()},
+        {"q": "long_tail", "r": "general"},
+        "SFT",
+    )
+    text = markdown(rows, "SFT", ["a note"])
+    assert "* a note" in text
+    part = text[text.index("Segment long_tail, 1 queries") :].splitlines()
+    assert part[2].endswith("| nDCG@10 against SFT |")
+    assert part[4].endswith("|  |") and part[5].endswith("| +50.0 [+50.0, +50.0] |")
+    other = text[text.index("Segment general") : text.index("Segment long_tail")]
+    assert "+0.0 [+0.0, +0.0]" in other
