@@ -41,6 +41,8 @@ from tasks.stage import Stage
 from tests.flows.conftest import Chain, at_home, small_config
 
 EMBEDDER = small_config().embedder
+QUIET = with_settings(small_config(), ["embedder.evaluation.judged_queries=0"])
+"""Rows of its own: the tests that count what is made share one home."""
 
 
 def flat(body: Any, prefix: str = "") -> dict[str, Any]:
@@ -239,8 +241,7 @@ def test_an_unseen_store_is_measured_on_all_its_queries_and_trains_nothing(chain
     other = SyntheticSource(num_products=200, num_queries=30, seed=4)
     unseen = Unseen(data=small_config().data.model_copy(update={"source": other}))
     with at_home(chain.home):
-        config = with_settings(small_config(), ["embedder.evaluation.judged_queries=0"])
-        result = ablate_retriever(config, [0], ["bm25", "base", "rgrpo"], "base", unseen)
+        result = ablate_retriever(QUIET, [0], ["bm25", "base", "rgrpo"], "base", unseen)
         assert result.unseen is not None
         rows, text = flow.read_report(chain.artifacts.path(result.unseen))
     made = Counter(r.ref.name for r in result.reports if not r.cached)
@@ -271,14 +272,14 @@ def test_the_files_of_an_unseen_store_are_read_where_they_are(chain: Chain, tmp_
         pq.write_table(getattr(other, name), tmp_path / f"{name}.parquet")
     unseen = Unseen(data=DataConfig(source=TablesSource()), folder=str(tmp_path))
     with at_home(chain.home):
-        result = ablate_retriever(small_config(), [0], ["bm25", "base"], "base", unseen)
+        result = ablate_retriever(QUIET, [0], ["bm25", "base"], "base", unseen)
         assert result.unseen is not None and settings().data_dir is None
         rows, _ = flow.read_report(chain.artifacts.path(result.unseen))
     assert [r["run"] for r in rows if r["segment"] == "all"] == ["BM25", "base"]
     assert 26 <= rows[0]["n"] <= 29 and "true_goodrate@10" not in rows[0]
     gone = Unseen(data=DataConfig(source=TablesSource()), folder=str(tmp_path / "gone"))
     with at_home(chain.home), pytest.raises(ConfigError, match="gone on this machine"):
-        ablate_retriever(small_config(), [0], ["base"], "base", gone)
+        ablate_retriever(QUIET, [0], ["base"], "base", gone)
 
 
 def test_rows_share_the_stages_of_an_ordinary_run(chain: Chain) -> None:
