@@ -81,7 +81,8 @@ class RefreshConfig(BaseModel):
     search reads them all."""
     probes: int = Field(default=50, ge=1)
     """Probes that a refreshed index is searched with first, at the setting it was served with. Only
-    if these miss the gate are all probes and all settings tried; then the index is trained anew."""
+    if these miss the gate are all probes tried, then all settings; then the index is trained
+    anew."""
     max_deleted: float = Field(default=0.2, ge=0, le=1)
     """Share of the served products that a refresh to a whole catalogue may delete; beyond it the
     refresh is refused, since a file that is still being written reads as a shorter one. 1 allows
