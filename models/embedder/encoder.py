@@ -8,9 +8,9 @@ Shapes: N texts, D dim.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,14 +127,22 @@ def unit_vectors(encoder: nn.Module, read: Mapping[str, Any]) -> torch.Tensor:
     return functional.normalize(vectors_ND[:, :width], dim=-1)
 
 
-@contextlib.contextmanager
-def whole(encoder: SentenceTransformer) -> Iterator[None]:
-    """The encoder without a `truncate_dim` inside: as it is to be saved."""
+def save(encoder: SentenceTransformer, folder: Path) -> None:
+    """Write the encoder into `folder`, its vectors whole: without a `truncate_dim`."""
     width, encoder.truncate_dim = encoder.truncate_dim, None
     try:
-        yield
+        encoder.save_pretrained(str(folder), safe_serialization=True, create_model_card=False)
     finally:
         encoder.truncate_dim = width
+
+
+def replace(encoder: SentenceTransformer, folder: Path) -> None:
+    """The same in place of what is there: what `folder` holds is never half an encoder."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save(encoder, fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
 
 
 def encode(

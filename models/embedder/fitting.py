@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.embedder.config import FitConfig
-from models.embedder.encoder import whole
+from models.embedder.encoder import save
 from models.errors import DivergenceError, explain
 from models.lm import precision
 from models.lm.checkpoints import last_whole_checkpoint
@@ -89,8 +89,7 @@ def fit(
     if not all(bool(p.isfinite().all()) for p in encoder.parameters()):
         raise _diverged(f"weights that are not finite after step {result.global_step}")
     encoder.max_seq_length = limit
-    with whole(encoder):
-        encoder.eval().save_pretrained(str(out), safe_serialization=True, create_model_card=False)
+    save(encoder.eval(), out)
     return {"steps": float(result.global_step), "loss": float(result.training_loss)}
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from models.embedder.candidates import CandidatePool, batch_pool, sample_pool, stale_share
 from models.embedder.chunked import CachedTexts, Embed
 from models.embedder.config import RetrievalGRPOConfig
-from models.embedder.encoder import encode, encode_products, load_encoder, whole
+from models.embedder.encoder import encode, encode_products, load_encoder, replace
 from models.embedder.ordering import Order, encoder_order, judged_groups, lead, reward_orders
 from models.embedder.pairs import (
     Copies,
@@ -487,16 +487,9 @@ class Run:
 
     def _save(self, folder: Path) -> None:
         """Write the encoder whole or not at all."""
-        fresh = folder.with_name(folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
         limit, self.encoder.max_seq_length = self.encoder.max_seq_length, self.own_limit
-        with whole(self.encoder):
-            self.encoder.save_pretrained(
-                str(fresh), safe_serialization=True, create_model_card=False
-            )
+        replace(self.encoder, folder)
         self.encoder.max_seq_length = limit
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
 
     def _checkpoint(self) -> None:
         """Encoder, optimiser, watches, pool and counts; the last one written is the truth, and the

@@ -12,7 +12,6 @@ Shapes: Q queries, N products, D dim.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback
 
-from models.embedder.encoder import encode, encode_products, whole
+from models.embedder.encoder import encode, encode_products, replace
 from models.errors import ConfigError, DivergenceError, explain
 from models.index.exact import top_k
 from models.types import Product, Query
@@ -125,16 +124,8 @@ class RetrievalWatch(TrainerCallback):  # type: ignore[misc]
 
     def _save(self) -> None:
         """Replace what is kept, whole or not at all."""
-        if not self.trainer.is_world_process_zero():
-            return
-        fresh = self.keep.with_name(self.keep.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        with whole(self._encoder):
-            self._encoder.save_pretrained(
-                str(fresh), safe_serialization=True, create_model_card=False
-            )
-        shutil.rmtree(self.keep, ignore_errors=True)
-        fresh.rename(self.keep)
+        if self.trainer.is_world_process_zero():
+            replace(self._encoder, self.keep)
 
 
 def repeated(inner_steps: int, processes: int = 1) -> Callable[..., Any]:
