@@ -218,29 +218,29 @@ def _indexed(
         got = "a delta that deletes every product"
         raise ConfigError(explain(got, "some products left", "check the delta"))
     kind, probes_PD = resolve_kind(before.config.kind, rows), nearest.probes_PD
-    measured = partial(measured_facts, table, kind, before.config, known=nearest)
+    measured = partial(measured_facts, table, kind, before.config)
     table.optimize(cleanup_older_than=NEVER)
     stats = vector_index_stats(table)
     if kind == "exact":
         for index in table.list_indices():
             if "vector" in index.columns:
                 table.drop_index(index.name)
-        return measured(probes_PD)
+        return measured(probes_PD, known=nearest)
     worn = since > config.rebuild_share * before.trained_rows
     worn |= stats is None or kind != before.kind or (stats.num_indices or 1) > config.max_parts
     if not worn:
         trained = before.trained_rows, since
         served = _served_with(before)
-        facts, known = measured(probes_PD[: config.probes], *trained, served)
+        facts, nearest = measured(probes_PD[: config.probes], *trained, served, nearest)
         if facts.recall_at_10 < before.config.min_recall:  # by so few probes: maybe by chance
-            facts, known = measured(probes_PD, *trained, served)
+            facts, nearest = measured(probes_PD, *trained, served, nearest)
         if facts.recall_at_10 < before.config.min_recall:
-            facts, known = measured(probes_PD, *trained)
+            facts, nearest = measured(probes_PD, *trained, known=nearest)
         if facts.recall_at_10 >= before.config.min_recall:
-            return facts, known
+            return facts, nearest
         log.info("recall@10 fell to %.3f: training the vector index anew", facts.recall_at_10)
     index_vectors(table, kind)
-    return measured(probes_PD)
+    return measured(probes_PD, known=nearest)
 
 
 def _served_with(facts: IndexFacts) -> tuple[int, int] | None:
